@@ -1,0 +1,319 @@
+"""Get rewarded: Pref-GRPO, a diffusion or flow-matching generator that learns from a judge's pairwise verdicts.
+
+    python grpo.py                                                     the toy generator, rewarded by the toy judge
+    torchrun --nproc_per_node=8 grpo.py --model GENERATOR --judge JUDGE --data prompts.txt --lora-rank 64 --lr 3e-5
+
+A step: G images of each prompt by a stochastic sampler; the judge compares them in pairs; win rates become advantages, blended by
+alpha between categories and overall (arXiv 2602.02380); the sampler's steps are replayed and their probability is moved with the
+clipped objective of Flow-GRPO (arXiv 2505.05470). The reference for the KL term is the generator with its adapters off.
+Legend: P prompts, G images per prompt, B = P G images, S sampling steps, C H W latent (or tokens).
+"""
+import argparse
+import contextlib
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import batch_indices, open_records
+from reward import Comparison, LocalJudge, find_judge, group_advantages, parse_verdict, schedule_pairs, win_rates
+# toolbox and driver from sft.py; paste those blocks here to stand alone
+from sft import (Done, Log, add_lora, adapters_off, denoisers, draw_curves, draw_grid, gather, generator, has_bf16, load_checkpoint, load_pipeline,
+                 lora_layers, make_optimizers, merge_lora, optimizer_step, peak_gib, pipe_arg, replicate, run, sample_images, save_adapter,
+                 save_checkpoint, save_pipeline, seeded_noise, set_lr, start_ranks, total, toy_truth, trainable, TOY_PIPE_ARGS)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    # model
+    add("--model", default="out/generator-sft/model", help="folder or hub id of the diffusers pipeline to improve")
+    add("--judge", help="folder or hub id of the judge  [the newest of out/judge-dpo/model and out/judge-sft/model]")
+    # data
+    add("--data", default="toy", help="prompts: a text file, one a line, or JSONL; toy: made as needed")
+    add("--data-num", type=int, default=4000, help="toy prompts to draw from")
+    add("--eval-data", default="toy:test", help="prompts that are not trained on")
+    add("--eval-num", type=int, default=1024, help="samples of the evaluations before and after")
+    add("--eval-every", type=int, default=10, help="steps between small evaluations; 0: only before and after")
+    add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
+    # generator
+    add("--pipe-arg", type=pipe_arg, nargs="*", default=[], help="key=value for the pipeline's call, as height=512 num_inference_steps=15")
+    add("--group-size", type=int, default=8, help="G, images per prompt")
+    add("--eta", type=float, default=.7, help="noise level of the stochastic sampler")
+    add("--sde-steps", type=int, default=3, help="the first so many sampling steps are stochastic and trained, the rest follow the ODE")
+    # reward
+    add("--pairs", default="ring:2", help="who meets whom in a group: all, or ring:K, each image meets its next K on a random ring")
+    add("--alpha", type=float, default=.7, help="weight of the category side against the overall side")
+    add("--adv-clip", type=float, default=5.0, help="advantages are clipped to plus and minus this")
+    add("--max-parse-fail", type=float, default=.5, help="stop when a larger share of a step's verdicts is undecided")
+    add("--max-new-tokens", type=int, default=256, help="longest verdict; real judges need about 2048")
+    # lora
+    add("--lora-rank", type=int, default=32, help="0: all weights are trained")
+    add("--lora-alpha", type=float, help="default: the rank")
+    add("--lora-targets", default=r"blocks\.\d+\..*(to_(q|k|v|out\.0)|add_(q|k|v)_proj|to_add_out|proj_mlp|proj_out|net\.(0\.proj|2))$",
+        help="regex on the names of linear layers")
+    # loss
+    add("--clip-range", type=float, default=1e-3, help="the ratio is clipped to 1 plus and minus this")
+    add("--ratio-norm", action=flag, default=True, help="GRPO-Guard's ratio, equally spread at all steps")
+    add("--kl", type=float, default=0.0, help="weight of the KL divergence to the generator without adapters")
+    # optim
+    add("--optim", choices=["adamw", "muon"], default="adamw")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--weight-decay", type=float, default=0.0)
+    add("--warmup-steps", type=int, default=5)
+    add("--max-steps", type=int, default=60, help="rollouts, each followed by one optimizer step")
+    add("--batch-size", type=int, default=12, help="prompts per rank per rollout call and micro-step")
+    add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
+    add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
+    # run
+    add("--bf16", action=flag, default=False, help="autocast the generator to bfloat16; the ratio is then 1 only nearly")
+    add("--seed", type=int, default=0)
+    add("--out", default="out/grpo", help="run folder")
+    add("--save-every", type=int, default=20, help="steps between checkpoints")
+    add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
+    args = parser.parse_args(argv)
+    args.pipe_arg = dict(args.pipe_arg)
+    args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+    if args.kl and not args.lora_rank:
+        parser.error("--kl needs adapters, whose absence is the reference: pass --lora-rank")
+    return args
+
+
+# ---------------------------------------------------------------- the stochastic sampler
+
+def transition(sigmas, i, x, v, eta):
+    """(mean, std) of p(x[i+1] | x[i]), the SDE with the marginals of the flow (Eq. 9 of arXiv 2505.05470), in float32.
+
+    With s = eta sqrt(sigma / (1 - sigma)) and dt = sigma' - sigma < 0: mean = x (1 + s^2 / (2 sigma) dt) + v (1 + s^2 (1 - sigma)
+    / (2 sigma)) dt and std = s sqrt(-dt). Where sigma may be 1, at the first step, s takes the next sigma. eta 0 is the Euler step.
+    """
+    sigma, dt = sigmas[i], sigmas[i + 1] - sigmas[i]
+    x, v = x.float(), v.float()
+    variance = eta ** 2 * sigma / (1 - (sigmas[1] if i == 0 else sigma)) if eta else torch.zeros_like(sigma)
+    mean = x + v * dt + (x + v * (1 - sigma)) * (variance / (2 * sigma) * dt)
+    return mean, (variance * -dt).sqrt()
+
+
+def log_prob(x, mean, std):
+    """Gaussian log-density of x, averaged over the elements of each image, (B,), in float32."""
+    return (-(x.float() - mean) ** 2 / (2 * std ** 2) - std.log() - .5 * math.log(2 * math.pi)).flatten(1).mean(1)
+
+
+def rollout(pipe, prompts, seeds, args, **kwargs):
+    """(images, trajectory) of B prompts: x (S+1 tensors of B latents), means and noise of the stochastic steps, sigmas.
+
+    Image b's first latents and noise are functions of seeds[b] alone.
+    """
+    xs, means, noises = [], [], []
+
+    def visit(i, x, v):
+        eta = args.eta if i < args.sde_steps else 0.0
+        mean, std = transition(pipe.scheduler.sigmas, i, x, v, eta)
+        noise = torch.stack([seeded_noise(x.shape[1:], *seed, i) for seed in seeds]).to(mean) if eta else torch.zeros_like(mean)
+        xs.append(x)
+        means.append(mean)
+        noises.append(noise)
+        return (mean + std * noise).to(x.dtype)
+
+    generators = [generator(*seed) for seed in seeds]
+    images = run(pipe, visit, prompt=prompts, generator=generators, **kwargs).images
+    return images, dict(x=xs, means=means, noises=noises, sigmas=pipe.scheduler.sigmas.to(xs[0].device))
+
+
+def replay(pipe, trajectory, steps, see, grad=True, **kwargs):
+    """Walk the chosen steps of a recorded trajectory: see(i, v) gets the policy's velocity there and may call backward()."""
+    def visit(k, x, v):
+        see(steps[k], v)
+        if k + 1 == len(steps):
+            raise Done
+        return trajectory["x"][steps[k + 1]]
+    run(pipe, visit, x=trajectory["x"][steps[0]], keep=list(steps), grad=grad, **kwargs)
+
+
+# ---------------------------------------------------------------- the objective
+
+def grpo_loss(ratio, advantages, clip_range):
+    """(losses, share clipped): max(-A r, -A clip(r, 1 +- clip_range)) per image, (B,); equal policies give -A."""
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    losses = torch.maximum(-advantages * ratio, -advantages * clipped)
+    return losses, (ratio != clipped).float().mean().item()
+
+
+def policy_ratio(x_next, mean, old_mean, std, noise, normalize):
+    """pi(x_next) / pi_old(x_next) per image, (B,), from the element-mean log-densities.
+
+    `normalize` is RatioNorm of GRPO-Guard (arXiv 2510.22319), r = exp(mean(noise * (mean - old_mean))): the plain log-ratio
+    without its quadratic term and times std, which makes every step of the schedule count alike.
+    """
+    if normalize:
+        return (noise * (mean - old_mean)).flatten(1).mean(1).exp()
+    return (log_prob(x_next, mean, std) - log_prob(x_next, old_mean, std)).exp()
+
+
+def accumulate_gradients(pipe, trajectory, advantages, args, scale, **kwargs):
+    """backward() of the objective over the stochastic steps of one micro-batch, summed over its images, times `scale`.
+
+    Returns sums over images and steps: loss, kl, clip_fraction, and the largest |ratio - 1|.
+    """
+    steps, sigmas, reference = list(range(args.sde_steps)), trajectory["sigmas"], {}
+    stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "max_ratio_error": 0.0}
+    if args.kl:
+        with adapters_off(*denoisers(pipe).values()):
+            replay(pipe, trajectory, steps, reference.__setitem__, grad=False, **kwargs)
+
+    def see(i, v):
+        mean, std = transition(sigmas, i, trajectory["x"][i], v, args.eta)
+        ratio = policy_ratio(trajectory["x"][i + 1], mean, trajectory["means"][i], std, trajectory["noises"][i], args.ratio_norm)
+        losses, clipped = grpo_loss(ratio, advantages, args.clip_range)
+        if args.ratio_norm:
+            losses = losses / (sigmas[i] - sigmas[i + 1])                       # / |dt|, its other half
+        if args.kl:
+            old, _ = transition(sigmas, i, trajectory["x"][i], reference[i], args.eta)
+            kl = ((mean - old) ** 2 / (2 * std ** 2)).flatten(1).mean(1)
+            losses = losses + args.kl * kl
+            stats["kl"] += kl.sum().item() / len(steps)
+        (losses.sum() * (scale / len(steps))).backward()
+        stats["loss"] += losses.sum().item() / len(steps)
+        stats["clip_fraction"] += clipped * len(ratio) / len(steps)
+        stats["max_ratio_error"] = max(stats["max_ratio_error"], (ratio.detach() - 1).abs().max().item())
+
+    replay(pipe, trajectory, steps, see, **kwargs)
+    return stats
+
+
+# ---------------------------------------------------------------- the reward
+
+def judge_groups(judge, prompts, groups, args, rng):
+    """(advantages (P, G), counts) of P groups of images: every scheduled pair is judged, in one batch, and each group is scored.
+
+    Undecided verdicts count for nobody. counts: verdicts, undecided, ties, first_wins, decided, dead (groups without a signal).
+    """
+    schedules = [schedule_pairs(args.group_size, args.pairs, rng) for _ in prompts]
+    comparisons = [Comparison(p, [g[i]], [g[j]]) for p, g, pairs in zip(prompts, groups, schedules) for i, j in pairs]
+    texts = judge(comparisons)
+    verdicts, advantages, rates = [parse_verdict(t) for t in texts], [], []
+    for pairs in schedules:
+        mine, verdicts = verdicts[:len(pairs)], verdicts[len(pairs):]
+        rates.append(win_rates(pairs, mine, args.group_size))
+        advantages.append(group_advantages(rates[-1], args.alpha))
+    advantages = torch.stack(advantages).float().clamp(-args.adv_clip, args.adv_clip)
+    bad = [t for t in texts if parse_verdict(t).winner is None]
+    counts = {"verdicts": len(texts), "undecided": len(bad), "ties": sum(r.num_ties for r in rates),
+              "first_wins": sum(r.first_position_wins for r in rates), "decided": sum(r.num_decided for r in rates),
+              "dead": int((advantages == 0).all(1).sum())}
+    return advantages, counts, bad[:1]
+
+
+# ---------------------------------------------------------------- the loop
+
+def main(argv=None):
+    args, ranks = parse_args(argv), start_ranks()
+    for folder, command in ((args.model, "python sft.py --task generator"), (args.judge or "out/", "python sft.py")):
+        if folder.startswith("out/") and not Path(folder).exists():
+            raise SystemExit(f"{folder} is not there yet. Make it first: {command}")
+    try:
+        judge_path = args.judge or str(find_judge())
+    except ValueError as error:
+        raise SystemExit(f"grpo.py: {error}") from None
+    torch.manual_seed(args.seed)
+    judge = LocalJudge(judge_path, batch_size=256, max_new_tokens=args.max_new_tokens, dtype=torch.bfloat16 if has_bf16() else None)
+    pipe = load_pipeline(args.model, ranks)
+    records = open_records(args.data, "prompt", args.data_num, args.seed, args.skip_bad)
+    toy = args.data.split(":")[0] == "toy"
+    if toy:
+        args.pipe_arg = {**TOY_PIPE_ARGS, **args.pipe_arg}
+    modules = list(denoisers(pipe).values())
+    if args.lora_rank:
+        for module in modules:
+            add_lora(module, args.lora_rank, args.lora_alpha, args.lora_targets)
+    params = {f"{i}.{n}": p for i, module in enumerate(modules) for n, p in trainable(module).items()}
+    for module in modules:
+        replicate(module, ranks)
+    optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
+    first = load_checkpoint(args.out, params, optimizers, vars(args), ranks) if args.resume else 0
+    log = Log(args.out, vars(args), ranks, first)
+    per_step = args.batch_size * args.accumulation * ranks.world                # prompts
+    num_images = per_step * args.group_size
+    pipe_args = dict(autocast=torch.bfloat16 if args.bf16 else None, **args.pipe_arg)
+
+    def evaluate(num, seed):
+        """(numbers, images) of `num` fresh samples of held-out prompts by the ODE, the work split over ranks; seed picks prompts and noise."""
+        held_out = open_records(args.eval_data, "prompt", num, seed)
+        held_out = [held_out[i] for i in range(min(num, len(held_out)))]
+        mine = list(range(ranks.rank, len(held_out), ranks.world))
+        images = sample_images(pipe, [held_out[i]["prompt"] for i in mine], [seed * 1_000_003 + i for i in mine], 128, **pipe_args)
+        pairs = sorted(gather(zip(mine, images), ranks), key=lambda pair: pair[0])
+        images = [image for _, image in pairs]
+        return (toy_truth(held_out, images) if toy else {}), images, held_out
+
+    before, images_before, held_out = evaluate(args.eval_num, 7)
+    if ranks.rank == 0:
+        print(f"{sum(p.numel() for p in params.values()) / 1e6:.2f}M trained parameters, judge {judge_path}; a step: {num_images} images "
+              f"= {args.batch_size} prompts x {args.group_size} images x {args.accumulation} accumulated x {ranks.world} ranks", flush=True)
+    bar = tqdm(range(first, args.max_steps), initial=first, total=args.max_steps, disable=ranks.rank > 0)
+    for step in bar:
+        clock, spent, stats, counts = time.time(), {}, {}, {}
+        lr = set_lr(optimizers, args.lr, step, args.warmup_steps, args.max_steps)
+        indices = batch_indices(records, per_step, step, args.seed)[ranks.rank::ranks.world]
+        rollouts = []
+        for start in range(0, len(indices), args.batch_size):
+            mine = indices[start:start + args.batch_size]
+            prompts = [records[i]["prompt"] for i in mine for _ in range(args.group_size)]
+            seeds = [(args.seed, step, i, g) for i in mine for g in range(args.group_size)]
+            images, trajectory = rollout(pipe, prompts, seeds, args, **pipe_args)
+            rollouts.append((mine, prompts, images, trajectory))
+        spent["rollout"] = time.time() - clock
+        batches, examples = [], []
+        for mine, prompts, images, trajectory in rollouts:
+            G = args.group_size
+            groups = [images[i:i + G] for i in range(0, len(images), G)]
+            advantages, found, bad = judge_groups(judge, prompts[::G], groups, args, random.Random(f"{args.seed} {step} {mine}"))
+            batches.append((prompts, trajectory, advantages.flatten().to(ranks.device)))
+            counts = {k: counts.get(k, 0) + v for k, v in found.items()}
+            examples += bad
+        counts = {k: total(v, ranks) for k, v in counts.items()}
+        examples = gather(examples, ranks)
+        if counts["undecided"] > args.max_parse_fail * counts["verdicts"]:
+            raise SystemExit(f"{counts['undecided']:.0f} of {counts['verdicts']:.0f} verdicts are undecided, more than --max-parse-fail "
+                             f"{args.max_parse_fail}. One of them:\n{examples[0][:2000]}")
+        spent["judge"] = time.time() - clock - spent["rollout"]
+        for prompts, trajectory, advantages in batches:
+            found = accumulate_gradients(pipe, trajectory, advantages, args, 1 / num_images, prompt=prompts, **pipe_args)
+            stats = {k: max(stats.get(k, 0), v) if k.startswith("max") else stats.get(k, 0) + v for k, v in found.items()}
+        grad_norm = optimizer_step(list(params.values()), optimizers, ranks, args.max_norm)
+        spent["train"] = time.time() - clock - spent["rollout"] - spent["judge"]
+        worst = max(gather([stats.pop("max_ratio_error")], ranks))
+        row = {k: total(v, ranks) / num_images for k, v in stats.items()}
+        decided = max(counts["decided"], 1)
+        row.update(max_ratio_error=worst, undecided=counts["undecided"] / counts["verdicts"], ties=counts["ties"] / counts["verdicts"],
+                   first_position_share=counts["first_wins"] / decided, dead_groups=counts["dead"] / per_step)
+        if step == first and ranks.rank == 0:
+            print(f"max |ratio - 1| at the first update: {worst:.3g}", flush=True)
+        if args.eval_every and (step + 1) % args.eval_every == 0:
+            found, images, prompts = evaluate(min(args.eval_num, 192), 5)
+            row.update({f"held_out_{k}": v for k, v in found.items()})
+        log.write(step=step + 1, **row, lr=lr, grad_norm=grad_norm, **{f"{k}_s": v for k, v in spent.items()}, peak_gib=peak_gib())
+        bar.set_postfix(ties=f"{row['ties']:.2f}", kl=f"{row['kl']:.3g}", true=row.get("held_out_true", ""))
+        if step + 1 in (1, args.max_steps) or (step + 1) % args.save_every == 0:
+            save_checkpoint(args.out, step + 1, params, optimizers, vars(args), ranks)
+
+    after, images_after, _ = evaluate(args.eval_num, 7)
+    if ranks.rank == 0:
+        for module in modules if args.lora_rank else []:
+            save_adapter(Path(args.out, "adapter"), module, "transformer.", "pytorch_lora_weights.safetensors")
+            merge_lora(module)
+        save_pipeline(pipe, Path(args.out, "model"))
+        draw_curves(log.rows, ["held_out_true", "ties", "dead_groups", "kl", "grad_norm", "clip_fraction"], Path(args.out, "curves.png"))
+        rows = [row for i in range(0, 48, 12) for row in (images_before[i:i + 12], images_after[i:i + 12])]
+        draw_grid(rows, Path(args.out, "before_after.png"))
+        print(f"{len(images_after)} held-out samples    before    after")
+        for name, value in before.items():
+            print(f"  {name:20s} {value:8.3f} {after[name]:8.3f}")
+        log.write(**{f"{name}_{when}": v for when, d in (("before", before), ("after", after)) for name, v in d.items()})
+
+
+if __name__ == "__main__":
+    main()

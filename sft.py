@@ -1,0 +1,755 @@
+"""Imitate: supervised fine-tuning of a judge on verdict traces, or of a generator on captioned images.
+
+    python sft.py                                                      the toy judge, from nothing
+    python sft.py --task generator                                     the toy generator, from nothing
+    torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data traces.jsonl --optim adamw --lr 2.5e-6
+
+One loop, two losses: cross-entropy on the response of a vision-language model, and flow matching for a diffusers pipeline.
+The file opens with two ruled blocks that dpo.py and grpo.py import: the toolbox (processes, LoRA, optimizers, checkpoints, log)
+and the driver (any diffusers pipeline as a policy). Legend: B records, T tokens, V vocabulary, C H W latent.
+"""
+import argparse
+import random
+import time
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText
+
+from data import batch_indices, comparison, encode, load_media, open_records, toy_world, WINNERS
+from reward import LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_processor
+
+# ================================================================================================ toolbox
+# What every stage needs and nobody tweaks per stage. Plain arguments in, no name from outside: paste the block to stand alone.
+import contextlib
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+class Ranks(NamedTuple):
+    """This process among all: RANK decides who prints and writes, LOCAL_RANK picks the device."""
+    rank: int
+    world: int
+    device: torch.device
+
+
+def start_ranks():
+    """Join torchrun's process group (NCCL on GPUs, gloo on CPUs), or be the only rank."""
+    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return Ranks(*((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)), device)
+
+
+def total(value, ranks):
+    """The sum of a number over all ranks."""
+    if ranks.world == 1:
+        return float(value)
+    tensor = torch.tensor(float(value), dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(tensor)
+    return tensor.item()
+
+
+def gather(items, ranks):
+    """The lists of all ranks, joined in the order of the ranks."""
+    if ranks.world == 1:
+        return list(items)
+    out = [None] * ranks.world
+    dist.all_gather_object(out, list(items))
+    return [item for part in out for item in part]
+
+
+def sync_gradients(params, ranks):
+    """Sum the gradients over ranks; None counts as zero, so that a parameter unused on one rank cannot hang the others."""
+    if ranks.world == 1:
+        return
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = torch.cat([p.grad.reshape(-1) for p in params])
+    dist.all_reduce(flat)
+    for p, grad in zip(params, flat.split([p.numel() for p in params])):
+        p.grad.copy_(grad.view_as(p))
+
+
+def replicate(model, ranks):
+    """The sharding hook: here every rank keeps a whole copy, made equal to rank 0's."""
+    if ranks.world > 1:
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
+
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / r) B A x with W frozen and B = 0 at the start, so the model is the base (arXiv 2106.09685)."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.base, self.rank, self.scale, self.enabled = base, rank, alpha / rank, True
+        at = dict(device=base.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **at))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **at))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def __getattr__(self, name):                     # pipelines ask for .weight, .bias, .in_features of the layer
+        return super().__getattr__(name) if name in ("base", "lora_A", "lora_B") else getattr(super().__getattr__("base"), name)
+
+    def forward(self, x, *args, **kwargs):
+        y = self.base(x, *args, **kwargs)
+        if not self.enabled:
+            return y
+        return y + (F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scale).to(y.dtype)
+
+    @torch.no_grad()
+    def merged(self):
+        """The base layer with the adapter added to its weight."""
+        weight = self.base.weight
+        weight.copy_((weight.float() + self.scale * self.lora_B @ self.lora_A).to(weight.dtype))
+        return self.base
+
+
+def lora_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def replace_module(model, name, new):
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def add_lora(model, rank, alpha, targets):
+    """Freeze the model and put adapters on every nn.Linear whose full name matches the regular expression `targets`."""
+    model.requires_grad_(False)
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(targets, n)]
+    if not names:
+        raise ValueError(f"--lora-targets {targets!r} matches no linear layer of {type(model).__name__}.")
+    for name in names:
+        replace_module(model, name, LoRALinear(model.get_submodule(name), rank, alpha))
+
+
+def merge_lora(model):
+    """Add every adapter to its weight and remove it."""
+    for name, layer in lora_layers(model).items():
+        replace_module(model, name, layer.merged())
+
+
+@contextlib.contextmanager
+def adapters_off(*models):
+    """The reference policy: the same models without their adapters."""
+    layers = [layer for model in models for layer in lora_layers(model).values()]
+    assert layers, "adapters_off needs adapters"
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def save_adapter(folder, model, prefix="base_model.model.", filename="adapter_model.safetensors"):
+    """Write adapters for PEFT (the default), or, with prefix "transformer.", for diffusers' load_lora_weights.
+
+    alpha / r is folded into B and alpha = r is written, since readers disagree about alpha and silently halve the strength.
+    """
+    os.makedirs(folder, exist_ok=True)
+    layers, tensors = lora_layers(model), {}
+    for name, layer in layers.items():
+        tensors[f"{prefix}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
+        tensors[f"{prefix}{name}.lora_B.weight"] = (layer.lora_B.detach() * layer.scale).cpu().contiguous()
+    save_file(tensors, os.path.join(folder, filename), metadata={"format": "pt"})
+    rank = next(iter(layers.values())).rank
+    with open(os.path.join(folder, "adapter_config.json"), "w") as file:
+        json.dump({"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(layers), "bias": "none"}, file, indent=1)
+
+
+def has_bf16():
+    """Whether this machine multiplies in bfloat16 natively: a GPU, or a CPU that says so."""
+    return torch.cuda.is_available() or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def peak_gib():
+    """The most memory this process has had, in GiB: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def make_optimizers(params, kind, lr, weight_decay):
+    """adamw: one AdamW. muon: Muon (momentum, orthogonalised) on the matrices of numbered blocks, AdamW on the rest."""
+    blocks = {n: p for n, p in params.items() if kind == "muon" and p.ndim == 2 and re.search(r"\.\d+\.", n)}
+    rest = [p for n, p in params.items() if n not in blocks]
+    out = [torch.optim.AdamW(rest, lr, betas=(.9, .98), weight_decay=weight_decay, eps=1e-10)] if rest else []
+    if blocks:
+        out.append(torch.optim.Muon(blocks.values(), lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return out
+
+
+def set_lr(optimizers, lr, step, warmup, max_steps, end=.02):
+    """Linear warm-up over `warmup` steps, then a cosine from `lr` to `end * lr` at max_steps; returns the value set."""
+    lr *= min(1, (step + 1) / max(warmup, 1)) * (end + (1 - end) * (.5 + .5 * math.cos(math.pi * min(1, step / max_steps))))
+    for group in [g for o in optimizers for g in o.param_groups]:
+        group["lr"] = lr
+    return lr
+
+
+def optimizer_step(params, optimizers, ranks, max_norm):
+    """Sum over ranks, clip, step, zero; returns the norm before clipping. A gradient that is not finite stops the run."""
+    sync_gradients(params, ranks)
+    norm = nn.utils.clip_grad_norm_(params, max_norm).item()
+    if not math.isfinite(norm):
+        raise RuntimeError(f"the gradient norm is {norm}: lower the learning rate, or look at the last batch")
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def save_checkpoint(run, step, params, optimizers, args, ranks):
+    """Write run/step_000123/ aside and rename it: weights.safetensors, state.pt (optimizers, RNG of each rank), args.json."""
+    rng = gather([torch.get_rng_state()], ranks)
+    if ranks.rank == 0:
+        folder, aside = os.path.join(run, f"step_{step:06d}"), os.path.join(run, "aside")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.makedirs(aside)
+        save_file({n: p.detach().contiguous() for n, p in params.items()}, os.path.join(aside, "weights.safetensors"))
+        torch.save({"step": step, "optimizers": [o.state_dict() for o in optimizers], "rng": rng}, os.path.join(aside, "state.pt"))
+        with open(os.path.join(aside, "args.json"), "w") as file:
+            json.dump(args, file, indent=1)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+        for old in sorted(f for f in os.listdir(run) if f.startswith("step_"))[:-2]:
+            shutil.rmtree(os.path.join(run, old))
+    if ranks.world > 1:
+        dist.barrier()
+
+
+def load_checkpoint(run, params, optimizers, args, ranks):
+    """Restore the newest checkpoint of `run` and return its step; ValueError if it belongs to other weights or options."""
+    folders = sorted(f for f in (os.listdir(run) if os.path.isdir(run) else []) if f.startswith("step_"))
+    if not folders:
+        raise ValueError(f"--resume: no checkpoint in {run}. Start without --resume.")
+    folder = os.path.join(run, folders[-1])
+    with open(os.path.join(folder, "args.json")) as file:
+        saved = json.load(file)
+    differs = [f"{k} {saved.get(k)!r} -> {v!r}" for k, v in args.items()
+               if saved.get(k) != v and k not in ("resume", "out", "save_every", "eval_every")]
+    if differs:
+        raise ValueError(f"--resume: {folder} was made with other options: {', '.join(differs)}")
+    weights = load_file(os.path.join(folder, "weights.safetensors"), device=str(ranks.device))
+    if weights.keys() != params.keys():
+        raise ValueError(f"--resume: {folder} holds other weights: missing {sorted(params.keys() - weights.keys())[:3]}, "
+                         f"unexpected {sorted(weights.keys() - params.keys())[:3]}")
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(weights[name])
+    state = torch.load(os.path.join(folder, "state.pt"), map_location=ranks.device, weights_only=True)
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    if len(state["rng"]) == ranks.world:
+        torch.set_rng_state(state["rng"][ranks.rank].cpu())
+    return state["step"]
+
+
+class Log:
+    """run/log.jsonl: a first row with options, versions, device and commit, then one row a step; kept by rank 0."""
+
+    def __init__(self, run, args, ranks, resumed_step=0):
+        self.path, self.rank, self.rows = os.path.join(run, "log.jsonl"), ranks.rank, []
+        if self.rank:
+            return
+        os.makedirs(run, exist_ok=True)
+        if resumed_step:
+            with open(self.path) as file:
+                self.rows = [row for row in map(json.loads, file) if row.get("step", 0) <= resumed_step]
+        else:
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+            name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+            self.rows = [{"args": args, "torch": torch.__version__, "device": name, "ranks": ranks.world, "commit": commit}]
+        with open(self.path, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.rows)
+
+    def write(self, **row):
+        """Append a row; floats are rounded to six significant digits."""
+        row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+        self.rows.append(row)
+        if not self.rank:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def draw_curves(rows, names, path, width=420, height=240):
+    """A PNG with one small plot per name: the value against the step, raw in grey and its running mean in blue."""
+    font, panels = ImageFont.load_default(13), []
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if name in row and "step" in row]
+        if len(points) < 2:
+            continue
+        panel = Image.new("RGB", (width, height), "white")
+        draw, left, top, right, bottom = ImageDraw.Draw(panel), 58, 26, width - 12, height - 26
+        xs, ys = zip(*points)
+        low, high = min(ys), max(ys)
+        high = high if high > low else low + 1e-9
+        place = lambda x, y: (left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left), bottom - (y - low) / (high - low) * (bottom - top))
+        mean, smooth, span = ys[0], [], max(len(ys) / 40, 1)
+        for y in ys:
+            mean += (y - mean) / span
+            smooth.append(mean)
+        draw.line([place(x, y) for x, y in points], fill=(205, 205, 205))
+        draw.line([place(x, y) for x, y in zip(xs, smooth)], fill=(40, 90, 210), width=2)
+        draw.rectangle([left, top, right, bottom], outline=(150, 150, 150))
+        for text, at in ((name, (left, 6)), (f"{high:.3g}", (6, top - 6)), (f"{low:.3g}", (6, bottom - 8)),
+                         (f"step {xs[-1]}", (right - 60, bottom + 6))):
+            draw.text(at, text, fill="black", font=font)
+        panels.append(panel)
+    if panels:
+        sheet = Image.new("RGB", (width * min(len(panels), 3), height * math.ceil(len(panels) / 3)), "white")
+        for i, panel in enumerate(panels):
+            sheet.paste(panel, (i % 3 * width, i // 3 * height))
+        sheet.save(path)
+
+
+def draw_grid(rows, path, zoom=2, gap=2, titles=()):
+    """A PNG of rows of equally large images, with an optional line of text above each row."""
+    width, height = (side * zoom for side in rows[0][0].size)
+    line, font = (16 if titles else 0), ImageFont.load_default(12)
+    sheet = Image.new("RGB", (len(rows[0]) * (width + gap), len(rows) * (height + gap + line)), "white")
+    for y, row in enumerate(rows):
+        if titles:
+            ImageDraw.Draw(sheet).text((2, y * (height + gap + line)), titles[y], fill="black", font=font)
+        for x, image in enumerate(row):
+            sheet.paste(image.resize((width, height), Image.NEAREST), (x * (width + gap), y * (height + gap + line) + line))
+    sheet.save(path)
+
+
+def draw_verdict(images, texts, path, side=240):
+    """A PNG with a pair of images on the left and one column per text beside them."""
+    font = ImageFont.load_default(13)
+    boxes = [ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), t, font=font) for t in texts]
+    height = max([side * len(images) + 30] + [int(b[3]) + 20 for b in boxes])
+    sheet = Image.new("RGB", (side + 40 + sum(int(b[2]) + 30 for b in boxes), height), "white")
+    draw, x = ImageDraw.Draw(sheet), side + 40
+    for i, image in enumerate(images):
+        sheet.paste(image.resize((side, side), Image.NEAREST), (10, 10 + i * (side + 10)))
+    for text, box in zip(texts, boxes):
+        draw.multiline_text((x, 10), text, fill="black", font=font)
+        x += int(box[2]) + 30
+    sheet.save(path)
+
+
+# ================================================================================================ end of toolbox
+
+# ================================================================================================ driver
+# A diffusers pipeline as the policy: guidance, schedule and conditioning stay the pipeline's own, RL is a stand-in scheduler.
+import copy
+import functools
+import hashlib
+import pickle
+
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+
+class Done(Exception):
+    """Raised by a visit that has seen enough: leaves the pipeline before it decodes."""
+
+
+class Tap:
+    """Stands in for pipe.scheduler: the stock schedule, but visit(i, x, v), if there is one, chooses the next x."""
+
+    def __init__(self, stock):
+        self.stock, self.visit, self.x, self.keep, self.grid = stock, None, None, None, None
+
+        @functools.wraps(stock.set_timesteps)                                   # pipelines inspect this signature
+        def set_timesteps(*args, **kwargs):
+            stock.set_timesteps(*args, **kwargs)
+            sigmas, timesteps = stock.sigmas, stock.timesteps
+            if self.grid is not None:                                           # exactly these sigmas, (S+1,) or (S+1, B)
+                sigmas, timesteps = self.grid, self.grid[:-1] * stock.config.num_train_timesteps
+            elif self.keep is not None:                                         # these steps of the stock schedule
+                sigmas, timesteps = torch.cat([sigmas[self.keep], sigmas[-1:]]), timesteps[self.keep]
+            self.sigmas, self.timesteps, self.i = sigmas, timesteps, -1
+        self.set_timesteps = set_timesteps
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["stock"], name)
+
+    def scale_model_input(self, x, timestep=None):
+        return x
+
+    def step(self, v, timestep, x, *args, **kwargs):
+        if self.visit is None:
+            return self.stock.step(v, timestep, x, *args, **kwargs)
+        self.i += 1
+        x = self.visit(self.i, x, v)
+        return SchedulerOutput(prev_sample=x) if kwargs.get("return_dict", True) else (x,)
+
+
+def install(pipe, cache_size=512):
+    """Tap the pipeline's scheduler, initial latents and prompt encoder (memoised: the newest `cache_size` calls). Once a pipeline."""
+    tap = vars(pipe)["scheduler"] = Tap(pipe.scheduler)                         # setattr would write it into model_index.json
+    prepare, encode_prompt, cache = pipe.prepare_latents, pipe.encode_prompt, {}
+
+    def prepare_latents(*args, **kwargs):
+        out = prepare(*args, **kwargs)
+        if tap.x is None:
+            return out
+        return (tap.x, *out[1:]) if isinstance(out, tuple) else tap.x
+
+    @torch.no_grad()
+    def encode_once(*args, **kwargs):
+        key = pickle.dumps((args, kwargs))
+        if key not in cache:
+            cache[key] = encode_prompt(*args, **kwargs)
+            if len(cache) > cache_size:
+                cache.pop(next(iter(cache)))
+        return cache[key]
+
+    pipe.prepare_latents, pipe.encode_prompt = prepare_latents, encode_once
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, visit=None, x=None, keep=None, grid=None, grad=False, autocast=None, **kwargs):
+    """One call of the pipeline under visit(i, x, v), from latents x if given; with grad, without the pipeline's no_grad.
+
+    `keep` lists the steps of the stock schedule to walk, `grid` gives sigmas instead. Returns the pipeline's output, or None if
+    the visit left early.
+    """
+    tap, call = pipe.scheduler, type(pipe).__call__
+    tap.visit, tap.x, tap.keep, tap.grid = visit, x, keep, grid
+    kwargs = {k: copy.copy(v) if isinstance(v, list) else v for k, v in kwargs.items()}     # some pipelines write into them
+    amp = torch.autocast(pipe.device.type, autocast, cache_enabled=False) if autocast else contextlib.nullcontext()
+    try:
+        with amp:
+            return (call.__wrapped__ if grad else call)(pipe, **kwargs)
+    except Done:
+        return None
+    finally:
+        tap.visit = tap.x = tap.keep = tap.grid = None
+
+
+def velocity(pipe, x, sigma, grad=True, **kwargs):
+    """The policy's velocity at latents x and noise level sigma, () or (B,), after the pipeline's own guidance."""
+    seen = []
+
+    def visit(i, x, v):
+        seen.append(v)
+        raise Done
+    run(pipe, visit, x=x, grid=torch.stack([sigma, torch.zeros_like(sigma)]), grad=grad, **{**kwargs, "num_inference_steps": 1})
+    return seen[0]
+
+
+def denoisers(pipe):
+    """{name: module} of what is trained in a pipeline: its transformers or its UNet."""
+    names = ("transformer", "transformer_2", "unet")
+    return {n: getattr(pipe, n) for n in names if getattr(pipe, n, None) is not None}
+
+
+def generator(*seed):
+    """A CPU generator that is a function of the numbers and strings `seed`: the same on any rank, in any order of calls."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=7).digest(), "big"))
+
+
+def seeded_noise(shape, *seed):
+    """Standard normal noise, float32 on the CPU, that is a function of `seed`."""
+    return torch.randn(shape, generator=generator(*seed))
+
+
+def sample_images(pipe, prompts, seeds, batch_size=64, **kwargs):
+    """PIL images by the stock (ODE) sampler; image i is a function of its prompt and its seed."""
+    images = []
+    for i in range(0, len(prompts), batch_size):
+        generators = [generator(seed) for seed in seeds[i:i + batch_size]]
+        images += run(pipe, prompt=list(prompts[i:i + batch_size]), generator=generators, **kwargs).images
+    return images
+
+
+def save_pipeline(pipe, folder):
+    """save_pretrained with the stock scheduler in its place."""
+    tap = pipe.scheduler
+    vars(pipe)["scheduler"] = tap.stock
+    pipe.save_pretrained(folder)
+    vars(pipe)["scheduler"] = tap
+
+
+def pipe_arg(text):
+    """("key", value) of a command line's key=value; numbers, true, false and null are read as JSON, all else is text."""
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+# ================================================================================================ end of driver
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    # model
+    add("--task", choices=["judge", "generator"], default="judge", help="what is trained: a judge or a diffusers pipeline")
+    add("--model", default="toy", help="folder or hub id; toy: a tiny one from nothing")
+    add("--template", help="file with the judge's instruction, {prompt} and {medium} in it; default: the model's own, or reward.TEMPLATE")
+    # data
+    add("--data", default="toy", help="JSONL of traces (judge) or captioned images (generator); toy: made as needed")
+    add("--eval-data", default="toy:test", help="JSONL of pairs (judge) or prompts (generator) that are not trained on")
+    add("--eval-num", type=int, help="records of it that are used  [judge 600, generator 256]")
+    add("--data-num", type=int, default=16000, help="toy images rendered for the generator")
+    add("--max-tokens", type=int, default=8192, help="a longer record is refused, never cut")
+    add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
+    # generator
+    add("--pipe-arg", type=pipe_arg, nargs="*", default=[], help="key=value for the pipeline's call, as height=512 num_inference_steps=28")
+    add("--sigma-mean", type=float, default=1.5, help="noise levels are sigmoid(N(this, 1))")
+    # lora
+    add("--lora-rank", type=int, default=0, help="0: all weights are trained")
+    add("--lora-alpha", type=float, help="default: the rank")
+    add("--lora-targets", default=r"(q|k|v|o|gate|up|down)_proj$|to_(q|k|v|out\.0)$", help="regex on the names of linear layers")
+    # optim
+    add("--optim", choices=["adamw", "muon"], default="muon")
+    add("--lr", type=float, help="peak learning rate  [judge 2e-3, generator 4e-3]")
+    add("--weight-decay", type=float, default=.01)
+    add("--warmup-steps", type=int, default=60)
+    add("--max-steps", type=int, help="optimizer steps  [judge 800, generator 800]")
+    add("--batch-size", type=int, help="records per rank per micro-step  [judge 32, generator 128]")
+    add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
+    add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
+    # run
+    add("--bf16", action=flag, help="autocast to bfloat16; default: where the hardware multiplies in it")
+    add("--max-new-tokens", type=int, help="longest verdict written in evaluations  [toy 256, else 2048]")
+    add("--seed", type=int, default=0)
+    add("--out", help="run folder  [out/judge-sft, out/generator-sft]")
+    add("--save-every", type=int, default=200, help="steps between checkpoints")
+    add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
+    args = parser.parse_args(argv)
+    args.pipe_arg = dict(args.pipe_arg)
+    judge = args.task == "judge"
+    defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=800, batch_size=32 if judge else 128, eval_num=600 if judge else 256,
+                    out=f"out/{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
+                    max_new_tokens=256 if args.model == "toy" else 2048)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+# ---------------------------------------------------------------- the judge: cross-entropy on the response
+
+def response_loss(model, batch):
+    """Summed cross-entropy (nats) over the labelled tokens of a batch; the mean per token is this over their number.
+
+    Logits are made only where there is a label, (N, V) instead of (B, T, V), and the softmax is taken in float32.
+    """
+    batch = dict(batch)
+    targets = batch.pop("labels")[:, 1:]                                        # position t predicts token t + 1
+    hidden = getattr(model, model.base_model_prefix)(**batch, use_cache=False).last_hidden_state[:, :-1]
+    logits = model.get_output_embeddings()(hidden[targets != -100])             # (N, V)
+    return F.cross_entropy(logits.float(), targets[targets != -100], reduction="sum")
+
+
+class Judge:
+    """Any image-text-to-text model of transformers, on trace records."""
+    adapter_layout, curves = (), ["loss", "grad_norm", "lr"]
+
+    def __init__(self, args, ranks):
+        if args.model == "toy":
+            toy_world()
+            import toy_models
+            self.model, self.processor = toy_models.make_judge(args.seed)
+            self.template = toy_models.INSTRUCTION
+        else:
+            self.model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32)
+            self.processor, kept = load_processor(args.model), Path(args.model, "template.txt")
+            self.template = kept.read_text() if kept.exists() else TEMPLATE
+        if args.template:
+            self.template = Path(args.template).read_text()
+        self.model.to(ranks.device).set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
+        self.modules, self.args, self.device = [self.model], args, ranks.device
+        self.records = open_records(args.data, "trace", args.max_steps * args.batch_size * args.accumulation * ranks.world, args.seed,
+                                    args.skip_bad)
+
+    def batch(self, indices, step):
+        """(what loss() takes, its number of labelled tokens) for these records."""
+        records = [self.records[i] for i in indices]
+        batch = encode(self.processor, records, [r["response"] for r in records], self.template, self.args.max_tokens)
+        return {k: v.to(self.device) for k, v in batch.items()}, (batch["labels"] != -100).sum().item()
+
+    def loss(self, batch):
+        return response_loss(self.model, batch)
+
+    def evaluate(self, out):
+        """Numbers on held-out pairs, and verdict.png: one verdict next to its two images."""
+        pairs = [open_records(self.args.eval_data, "pair", self.args.eval_num, 1)[i] for i in range(self.args.eval_num)]
+        judge = LocalJudge(model=self.model, processor=self.processor, template=self.template, batch_size=100,
+                           dtype=torch.bfloat16 if self.args.bf16 else None, max_new_tokens=self.args.max_new_tokens)
+        result = evaluate_judge(judge, [comparison(p) for p in pairs], [WINNERS[p["winner"]] for p in pairs], random.Random(0))
+        shown = comparison(pairs[0], swap=result["flipped"][0])
+        draw_verdict(shown.media_1 + shown.media_2, [format_verdict(result["verdicts"][0], shown.prompt)], out / "verdict.png")
+        return {k: v for k, v in result.items() if isinstance(v, (int, float))}
+
+    def save(self, folder):
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        Path(folder, "template.txt").write_text(self.template)
+
+
+# ---------------------------------------------------------------- the generator: flow matching
+
+def load_pipeline(path, ranks):
+    """The diffusers pipeline of a folder or hub id with the driver installed, all frozen but its denoisers. Toy folders know toy_models."""
+    index = Path(path, "model_index.json")
+    if index.exists() and "toy_models" in index.read_text():
+        toy_world()
+    return prepare_pipeline(DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32), ranks)
+
+
+def prepare_pipeline(pipe, ranks):
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            module.requires_grad_(False).eval()
+    for module in denoisers(pipe).values():
+        module.requires_grad_(True)
+    return install(pipe.to(ranks.device))
+
+
+@torch.no_grad()
+def encode_images(pipe, images, **size):
+    """Clean latents of PIL images in the shape the pipeline denoises: the VAE's mean, scaled, and packed where the pipeline packs."""
+    pixels = pipe.image_processor.preprocess(images, **size).to(pipe.device)
+    config = pipe.vae.config
+    x = (pipe.vae.encode(pixels).latent_dist.mode() - (config.shift_factor or 0)) * config.scaling_factor      # (B, C, H, W)
+    return pipe._pack_latents(x, *x.shape) if hasattr(pipe, "_pack_latents") else x
+
+
+class Generator:
+    """A diffusers flow-matching pipeline, on captioned images. Latents are made once, before training."""
+    curves, adapter_layout = ["loss", "grad_norm", "lr"], ("transformer.", "pytorch_lora_weights.safetensors")
+
+    def __init__(self, args, ranks):
+        if args.model == "toy":
+            toy_world()
+            import toy_models
+            self.pipe = prepare_pipeline(toy_models.make_generator(args.seed), ranks)
+            args.pipe_arg = {**TOY_PIPE_ARGS, **args.pipe_arg}
+        else:
+            self.pipe = load_pipeline(args.model, ranks)
+        self.modules, self.args = list(denoisers(self.pipe).values()), args
+        self.records = open_records(args.data, "image", args.data_num, args.seed, args.skip_bad)
+        self.records = [self.records[i] for i in range(len(self.records))]
+        size = {k: v for k, v in args.pipe_arg.items() if k in ("height", "width")}
+        self.latents = torch.cat([encode_images(self.pipe, [load_media(r.pop("images")[0])[0] for r in self.records[i:i + 256]], **size)
+                                  for i in range(0, len(self.records), 256)])   # (N, ...)
+
+    def batch(self, indices, step):
+        """(what loss() takes, the number of records): noise and noise levels are functions of (seed, step, record)."""
+        x0, seed = self.latents[indices], self.args.seed
+        noise = torch.stack([seeded_noise(x0.shape[1:], seed, step, i) for i in indices]).to(x0)
+        sigma = torch.stack([seeded_noise((), seed, step, i, "sigma") for i in indices]).add(self.args.sigma_mean).sigmoid().to(x0)   # (B,)
+        return (x0, noise, sigma, [self.records[i]["prompt"] for i in indices]), len(indices)
+
+    def loss(self, batch):
+        """Flow matching (arXiv 2210.02747): the mean squared error of the velocity noise - x0 at x = (1 - sigma) x0 + sigma noise, summed over B."""
+        x0, noise, sigma, prompts = batch
+        level = sigma.view(-1, *[1] * (x0.ndim - 1))
+        v = velocity(self.pipe, (1 - level) * x0 + level * noise, sigma, prompt=prompts, **self.args.pipe_arg)
+        return (v.float() - (noise - x0)).pow(2).flatten(1).mean(1).sum()
+
+    def evaluate(self, out):
+        """samples.png, and in the toy world the share of samples that the pixel oracle finds true to their prompts."""
+        prompts = open_records(self.args.eval_data, "prompt", self.args.eval_num, 1)
+        prompts = [prompts[i] for i in range(min(len(prompts), self.args.eval_num))]
+        images = sample_images(self.pipe, [p["prompt"] for p in prompts], range(len(prompts)), **self.args.pipe_arg)
+        draw_grid([images[i:i + 8] for i in range(0, 64, 8)], out / "samples.png")
+        return toy_truth(prompts, images) if "toy_prompt" in prompts[0] else {}
+
+    def save(self, folder):
+        save_pipeline(self.pipe, folder)
+
+
+TOY_PIPE_ARGS = dict(height=48, width=48, max_sequence_length=12, num_inference_steps=10)
+
+
+def toy_truth(prompts, images):
+    """What the pixel oracle measures: the share of true images, by type of prompt too, and picture_stats."""
+    world = toy_world()
+    true = [world.success(p["toy_prompt"], image) for p, image in zip(prompts, images)]
+    by_type = {f"true_{t}": [ok for ok, p in zip(true, prompts) if p["type"] == t] for t in sorted({p["type"] for p in prompts})}
+    return {"true": sum(true) / len(true), **{k: sum(v) / len(v) for k, v in by_type.items()}, **world.picture_stats(images)}
+
+
+# ---------------------------------------------------------------- the loop
+
+def main(argv=None):
+    args, ranks = parse_args(argv), start_ranks()
+    torch.manual_seed(args.seed)
+    task = Judge(args, ranks) if args.task == "judge" else Generator(args, ranks)
+    if args.lora_rank:
+        for module in task.modules:
+            add_lora(module, args.lora_rank, args.lora_alpha, args.lora_targets)
+    params = {f"{i}.{n}": p for i, module in enumerate(task.modules) for n, p in trainable(module).items()}
+    for module in task.modules:
+        replicate(module.train(), ranks)
+    optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
+    first = load_checkpoint(args.out, params, optimizers, vars(args), ranks) if args.resume else 0
+    log = Log(args.out, vars(args), ranks, first)
+
+    per_step = args.batch_size * args.accumulation * ranks.world
+    if ranks.rank == 0:
+        print(f"{args.task}: {sum(p.numel() for p in params.values()) / 1e6:.2f}M trained parameters, {len(task.records)} records, "
+              f"{per_step} a step = {args.batch_size} x {args.accumulation} accumulated x {ranks.world} ranks", flush=True)
+    bar = tqdm(range(first, args.max_steps), initial=first, total=args.max_steps, disable=ranks.rank > 0)
+    for step in bar:
+        began = time.time()
+        lr = set_lr(optimizers, args.lr, step, args.warmup_steps, args.max_steps)
+        indices = batch_indices(task.records, per_step, step, args.seed)[ranks.rank::ranks.world]
+        batches = [task.batch(indices[i:i + args.batch_size], step) for i in range(0, len(indices), args.batch_size)]
+        num_targets = total(sum(n for _, n in batches), ranks)                  # of the whole global batch
+        loss = 0.0
+        for batch, _ in batches:
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16):
+                part = task.loss(batch) / num_targets
+            part.backward()
+            loss += part.item()
+        grad_norm = optimizer_step(list(params.values()), optimizers, ranks, args.max_norm)
+        loss = total(loss, ranks)
+        log.write(step=step + 1, loss=loss, lr=lr, grad_norm=grad_norm, targets=int(num_targets),
+                  records_per_s=per_step / (time.time() - began), peak_gib=peak_gib())
+        bar.set_postfix(loss=f"{loss:.3f}")
+        if step + 1 in (1, args.max_steps) or (step + 1) % args.save_every == 0:
+            save_checkpoint(args.out, step + 1, params, optimizers, vars(args), ranks)
+
+    if ranks.rank == 0:
+        for module in task.modules:
+            if args.lora_rank:
+                save_adapter(Path(args.out, "adapter"), module, *task.adapter_layout)
+                merge_lora(module)
+            module.eval()
+        task.save(Path(args.out, "model"))
+        draw_curves(log.rows, task.curves, Path(args.out, "curves.png"))
+        result = task.evaluate(Path(args.out))
+        log.write(**result)
+        print("\n".join(f"  {k:22s} {v:.3f}" for k, v in result.items()))
+        print(f"model, log.jsonl and pictures are in {args.out}/")
+
+
+if __name__ == "__main__":
+    main()

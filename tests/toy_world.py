@@ -1,0 +1,475 @@
+"""The toy world: coloured shapes, a teacher who writes verdicts, a pixel oracle, and the makers of a tiny judge and generator.
+
+Everything the stages need to run on a laptop without weights or data from elsewhere. Loaded only when a stage is asked for
+`toy`. An image is 48 x 48 pixels, a grid of 3 x 3 cells that each hold at most one shape.
+
+    prompt    "a red circle above a blue square"               sample_prompt: five types, a quarter of the texts held out
+    scene     what one candidate image shows, faults included  sample_scene: wrong, missing, surplus, ghost and blended objects,
+                                                               blur, noise, exposure, tinted or tiled backgrounds
+    teacher   scene, scene -> hierarchical verdict             judge_pair; sometimes dazzled by looks, see there
+    oracle    pixels -> objects -> does it match the prompt?   detect, success; never sees a scene
+"""
+import functools
+import json
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+SIZE, CELL = 48, 16
+SHAPES = ["circle", "square", "triangle", "star"]
+COLORS = {"red": (215, 40, 40), "green": (30, 160, 60), "blue": (45, 80, 220), "yellow": (240, 205, 30)}
+PLAIN, CLASHING = [(238, 238, 238), (222, 222, 226)], [(225, 60, 205), (120, 235, 235)]
+NUMBERS = ["none", "one", "two", "three", "four", "five"]
+RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
+PAIR_TYPES = ("two", "binding", "spatial")
+
+
+# ---------------------------------------------------------------- prompts
+
+def sample_prompt(rng, held_out=False):
+    """A prompt as a dict: type, objects [(color or None, shape)], count, relation or None, text.
+
+    A quarter of the combinations of each type is held out, in the manner of a Latin square: every word occurs in training.
+    """
+    while True:
+        kind = rng.choice(["single", "count", "two", "binding", "spatial"])
+        (c1, c2), (s1, s2) = rng.sample(list(COLORS), 2), rng.sample(SHAPES, 2)
+        objects, count, relation = [(c1, s1)], 1, None
+        if kind == "single":
+            text = f"a {c1} {s1}"
+        elif kind == "count":
+            count = rng.choice([2, 3, 4])
+            text = f"{NUMBERS[count]} {c1} {s1}s"
+        elif kind == "two":
+            objects, text = [(None, s1), (None, s2)], f"a {s1} and a {s2}"
+        else:
+            objects, relation = [(c1, s1), (c2, s2)], rng.choice(list(RELATIONS)) if kind == "spatial" else None
+            text = f"a {c1} {s1} {RELATIONS.get(relation, 'and')} a {c2} {s2}"
+        colors, shapes, relations = list(COLORS), SHAPES, list(RELATIONS)
+        places = [shapes.index(s1), count] if kind != "two" else [shapes.index(s1), 2 * shapes.index(s2)]
+        places += [colors.index(c1)] if kind != "two" else []
+        places += [colors.index(c2), 2 * shapes.index(s2)] if kind in ("binding", "spatial") else []
+        places += [relations.index(relation)] if relation else []
+        if (sum(places) % 4 == 0) == held_out:
+            return dict(type=kind, objects=objects, count=count, relation=relation, text=text)
+
+
+# ---------------------------------------------------------------- scenes
+
+@dataclass
+class Scene:
+    """What one image shows. `objects` are the main ones (color, shape), None where one is missing."""
+    objects: list
+    relation: str                                    # of the second object's place to the first's, used for two objects
+    seed: int                                        # places, jitter, noise, background
+    surplus: list = field(default_factory=list)      # (color, shape) in free cells
+    ghosts: list = field(default_factory=list)       # the same, nearly transparent
+    blend: tuple = None                              # (index of a main object, the (color, shape) that it is blended with)
+    background: str = "plain"                        # plain, clashing, tinted, tiled
+    exposure: str = "balanced"                       # balanced, too dark, washed out
+    blurry: bool = False
+    noisy: bool = False
+    small: bool = False
+    off_center: bool = False
+    crowded: bool = False
+    tilted: bool = False
+
+    def visible(self):
+        return [o for o in self.objects if o] + self.surplus
+
+
+def other(rng, values, *taken):
+    return rng.choice([v for v in values if v not in taken])
+
+
+def sample_scene(prompt, rng, num_faults=None, defects=True):
+    """A candidate image for `prompt`: `num_faults` faults of content (drawn if None), and, with defects, faults of looks."""
+    kind, pair = prompt["type"], prompt["type"] in PAIR_TYPES
+    free = rng.sample(list(COLORS), 2)
+    objects = [(c or free[i], s) for i, (c, s) in enumerate(prompt["objects"])] if pair else prompt["objects"] * prompt["count"]
+    scene = Scene(list(objects), prompt["relation"] or rng.choice(list(RELATIONS)), rng.getrandbits(32))
+    faults = {"single": "color shape missing surplus", "count": "color shape count count surplus", "two": "shape missing surplus",
+              "binding": "color shape missing swap surplus", "spatial": "color shape missing swap relation relation surplus"}[kind].split()
+    if num_faults is None:
+        num_faults = rng.choices([0, 1, 2], [.4, .45, .15])[0]
+    for fault in sorted(set(rng.choices(faults, k=num_faults))):
+        here = scene.objects
+        i = rng.randrange(len(here))
+        one = pair or rng.random() < .3              # of several equal objects, all are wrong or one is
+        if fault in ("color", "shape") and here[i]:
+            color, shape = here[i]
+            color = other(rng, COLORS, *[o[0] for o in here if o]) if fault == "color" else color
+            shape = other(rng, SHAPES, *[o[1] for o in here if o]) if fault == "shape" else shape
+            scene.objects = [(color, shape) if o and (j == i or not one) else o for j, o in enumerate(here)]
+        elif fault == "missing":
+            scene.objects = [o if pair and j != i else None for j, o in enumerate(here)]
+        elif fault == "count":
+            scene.objects = [objects[0]] * other(rng, [1, 2, 3, 4, 5], prompt["count"])
+        elif fault == "swap" and all(here):
+            scene.objects = [(here[1][0], here[0][1]), (here[0][0], here[1][1])]
+        elif fault == "relation":
+            scene.relation = other(rng, RELATIONS, prompt["relation"])
+        elif fault == "surplus":
+            scene.surplus = [None] * rng.choices([1, 2, 3, 4], [.5, .25, .15, .1])[0]
+    # surplus objects: copies of intact ones, or strangers that no eye can take for a main object
+    taken = objects + [o for o in scene.objects if o]
+    strangers = [(c, s) for c in COLORS for s in SHAPES if not pair or all(c != o[0] and s != o[1] for o in taken)]
+    copies = objects if scene.objects == objects or not pair else []
+    if copies or strangers:
+        scene.surplus = [rng.choice(copies if copies and (rng.random() < .6 or not strangers) else strangers) for _ in scene.surplus]
+    else:
+        scene.surplus = []
+    if defects:
+        if rng.random() < .12:
+            scene.ghosts = [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in range(rng.choice([1, 1, 2, 3]))]
+        elif rng.random() < .1 and scene.objects[0]:
+            scene.blend = (0, (other(rng, COLORS, scene.objects[0][0]), other(rng, SHAPES, scene.objects[0][1])))
+        if rng.random() < .45:
+            fault = rng.choice(["blurry", "noisy", "exposure"])
+            setattr(scene, fault, rng.choice(["too dark", "washed out"]) if fault == "exposure" else True)
+        if rng.random() < .5:
+            fault = rng.choice(["off_center", "small", "background", "background"])
+            setattr(scene, fault, rng.choice(["clashing", "tinted", "tiled"]) if fault == "background" else True)
+        if kind == "spatial" and rng.random() < .6:
+            setattr(scene, rng.choice(["crowded", "tilted"]), True)
+    return scene
+
+
+def place(prompt, scene, rng):
+    """Cells (column, row) of the main objects, then of all free cells in random order."""
+    n = len(scene.objects)
+    if prompt["type"] in PAIR_TYPES:                 # along one axis by the relation; crowded: neighbours; tilted: two lanes
+        lane = rng.choice([0, 2]) if scene.off_center else 1
+        lane_2 = (rng.choice([0, 2]) if lane == 1 else 1) if scene.tilted else lane
+        a, b = rng.choice([(0, 1), (1, 2)]) if scene.crowded else (0, 2)
+        cells = [(a, lane), (b, lane_2)] if scene.relation in ("left", "right") else [(lane, a), (lane_2, b)]
+        cells = cells[::-1] if scene.relation in ("right", "below") else cells
+    elif scene.off_center:                           # everything on one side
+        side = rng.choice([[(0, 0), (0, 1), (0, 2), (1, 1), (1, 0)], [(2, 0), (2, 1), (2, 2), (1, 1), (1, 0)],
+                           [(0, 0), (1, 0), (2, 0), (1, 1), (0, 1)], [(0, 2), (1, 2), (2, 2), (1, 1), (0, 1)]])
+        cells = rng.choice([[(0, 0)], [(2, 0)], [(0, 2)], [(2, 2)]]) if n == 1 else side[:n]
+    else:
+        cells = rng.choice({1: [[(1, 1)]], 2: [[(0, 1), (2, 1)], [(1, 0), (1, 2)]],
+                            3: [[(1, 0), (0, 2), (2, 2)], [(0, 0), (2, 0), (1, 2)]],
+                            4: [[(0, 0), (2, 0), (0, 2), (2, 2)], [(1, 0), (1, 2), (0, 1), (2, 1)]],
+                            5: [[(0, 0), (2, 0), (0, 2), (2, 2), (1, 1)]]}[n])
+    free = [(x, y) for x in range(3) for y in range(3) if (x, y) not in cells]
+    return cells, rng.sample(free, len(free))
+
+
+@functools.lru_cache(None)
+def mask(shape, radius):
+    """Coverage in 0..1 of one shape, (n, n) with n odd, anti-aliased."""
+    n = int(2 * radius + 3) | 1
+    image = Image.new("L", (n * 8, n * 8))
+    draw, c, r = ImageDraw.Draw(image), n * 4, radius * 8
+    if shape == "circle":
+        draw.ellipse([c - r, c - r, c + r, c + r], fill=255)
+    elif shape == "square":
+        draw.rectangle([c - .9 * r, c - .9 * r, c + .9 * r, c + .9 * r], fill=255)
+    elif shape == "triangle":
+        draw.polygon([(c, c - r), (c - r, c + .9 * r), (c + r, c + .9 * r)], fill=255)
+    else:
+        spikes = [(1.2 * r if i % 2 == 0 else .5 * r, i * np.pi / 5 - np.pi / 2) for i in range(10)]
+        draw.polygon([(c + q * np.cos(a), c + q * np.sin(a)) for q, a in spikes], fill=255)
+    return np.asarray(image.resize((n, n), Image.BOX), np.float32) / 255
+
+
+def render(prompt, scene):
+    """The scene as a PIL image, (48, 48) RGB; the same scene gives the same pixels."""
+    rng = random.Random(scene.seed)
+    noise = np.random.RandomState(scene.seed)
+    canvas = np.empty((SIZE, SIZE, 3), np.float32)
+    canvas[:] = rng.choice(CLASHING if scene.background == "clashing" else PLAIN)
+    if scene.background in ("tinted", "tiled"):      # a colour cast, on the whole or cell by cell
+        strength, cast = rng.uniform(12, 45), noise.randn(1 if scene.background == "tinted" else 9, 3)
+        cast = (cast - cast.max(1, keepdims=True)) / np.ptp(cast, axis=1, keepdims=True) * strength
+        canvas += np.broadcast_to(cast, (9, 3)).reshape(3, 3, 3).repeat(CELL, 0).repeat(CELL, 1)
+
+    def draw(item, cell, alpha=1.0):
+        cover = mask(item[1], 3.5 if scene.small else 6.0) * alpha
+        n = len(cover)
+        x, y = (k * CELL + CELL // 2 + rng.randint(-1, 1) - n // 2 for k in cell)
+        top, left, bottom, right = max(0, y), max(0, x), min(SIZE, y + n), min(SIZE, x + n)
+        cover = cover[top - y:bottom - y, left - x:right - x, None]
+        canvas[top:bottom, left:right] += cover * (np.array(COLORS[item[0]], np.float32) - canvas[top:bottom, left:right])
+
+    cells, free = place(prompt, scene, rng)
+    for i, (item, cell) in enumerate(zip(scene.objects, cells)):
+        if item:
+            draw(item, cell)
+            if scene.blend and scene.blend[0] == i:
+                draw(scene.blend[1], cell, rng.uniform(.4, .6))
+    for item, cell in zip(scene.surplus, free):
+        draw(item, cell)
+    for item, cell in zip(scene.ghosts, free[len(scene.surplus):]):
+        draw(item, cell, rng.uniform(.25, .45))
+    canvas *= .42 if scene.exposure == "too dark" else 1
+    canvas = canvas * .55 + 135 if scene.exposure == "washed out" else canvas
+    if scene.blurry:
+        canvas = np.asarray(Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(2)), np.float32)
+    if scene.noisy:
+        canvas = canvas + noise.randn(SIZE, SIZE, 3) * rng.uniform(20, 40)
+    return Image.fromarray(canvas.clip(0, 255).round().astype(np.uint8))
+
+
+# ---------------------------------------------------------------- the teacher
+
+CONTENT = {"single": ["Object shape", "Color accuracy", "Object count"], "count": ["Object count", "Object shape", "Color accuracy"],
+           "two": ["First object", "Second object", "Object count"],
+           "binding": ["First object", "Second object", "Attribute binding", "Object count"],
+           "spatial": ["First object", "Second object", "Object count"]}
+WEIGHTS = {"A": 5, "D": 4, "B": 3, "C": 1.5}         # people's weights; a category counts by its sign
+
+
+def rubric(prompt):
+    """The categories and sub-dimensions for this prompt: the three anchors, and a self-added D where it asks for a relation."""
+    spread = "Centering" if prompt["type"] == "single" else "Balance"
+    added = [("D. Spatial Relation", ["Relation accuracy", "Separation", "Axis alignment"])] * (prompt["type"] == "spatial")
+    return [("A. Semantic Alignment", CONTENT[prompt["type"]]), ("B. Image Quality", ["Clarity", "Exposure", "Artifacts"]),
+            ("C. Aesthetics", [spread, "Background", "Object scale"])] + added
+
+
+def facts(prompt, scene):
+    """{sub-dimension: (what is seen, level 0..2)} of one image."""
+    out, seen, mark = {}, scene.visible(), ["wrong", "partial", "correct"]
+    blended = scene.objects[scene.blend[0]] if scene.blend else None
+
+    def say(name, text, level):
+        out[name] = (f"{text}, {mark[level]}", level)
+
+    if prompt["type"] in PAIR_TYPES:
+        levels = []
+        for name, want, got in zip(["First object", "Second object"], prompt["objects"], scene.objects):
+            level = 0 if got is None else 1 if got == blended else (want[0] in (None, got[0])) + (want[1] == got[1])
+            say(name, "missing" if got is None else "unclear" if got == blended else " ".join(got), level)
+            levels.append(level)
+        swapped = all(scene.objects) and [o[0] for o in scene.objects] == [o[0] for o in prompt["objects"]][::-1]
+        say("Attribute binding", "kept" if levels == [2, 2] else "swapped" if swapped else "broken", 2 * (levels == [2, 2]))
+        wanted = 2
+    else:
+        for k, name in enumerate(["Color accuracy", "Object shape"]):
+            kinds = {o[k] for o in seen}
+            text = "none" if not kinds else "unclear" if blended else "mixed" if len(kinds) > 1 else kinds.pop()
+            say(name, text, 2 * (text == prompt["objects"][0][k]))
+        wanted = prompt["count"]
+    miss = abs(len(seen) - wanted)
+    say("Object count", NUMBERS[len(seen)] if len(seen) <= 5 else "many", 2 if miss == 0 else 1 if miss == 1 and seen else 0)
+    out["Clarity"] = ("blurry", 0) if scene.blurry else ("noisy", 0) if scene.noisy else ("sharp", 2)
+    out["Exposure"] = (scene.exposure, 2 if scene.exposure == "balanced" else 0)
+    out["Artifacts"] = ("ghosts", 0) if scene.ghosts else ("blended", 0) if blended else ("none", 2)
+    out["Centering"] = out["Balance"] = ("off center", 0) if scene.off_center else ("centered", 2)
+    out["Object scale"] = ("too small", 0) if scene.small else ("good", 2)
+    if not any(scene.objects):
+        out["Centering"] = out["Balance"] = out["Object scale"] = ("empty", 0)
+    out["Background"] = (scene.background, 2 if scene.background == "plain" else 0)
+    whole = all(scene.objects)
+    say("Relation accuracy", scene.relation if whole else "unclear", 2 * (whole and scene.relation == prompt["relation"]))
+    out["Separation"] = ("crowded", 0) if scene.crowded else ("clear gap", 2)
+    out["Axis alignment"] = ("tilted", 0) if scene.tilted else ("level", 2)
+    if not whole:
+        out["Separation"] = out["Axis alignment"] = ("unclear", 0)
+    return out
+
+
+def judge_pair(prompt, scene_1, scene_2, rng=None):
+    """(verdict as the contract's dict, label) of two scenes; label 1 or 2 is what people prefer, 0 when they are equal.
+
+    People weigh the categories (WEIGHTS). The teacher writes the same trace, but is imperfect in one way, as real teachers are:
+    where quality and aesthetics both speak against the semantically better image, it lets looks decide in 70 % of the cases
+    (only with an rng: without one it agrees with people). Its category verdicts stay right, so the fault is in the last step of
+    the reasoning, and traces sampled from its student hold both answers: what DPO on people's labels can mend.
+    """
+    facts_1, facts_2, signs, categories = facts(prompt, scene_1), facts(prompt, scene_2), {}, []
+    names = {1: "Image 1", 2: "Image 2", 0: "Tie"}
+    for category, dims in rubric(prompt):
+        rows = [dict(name=d, reason_1=facts_1[d][0], reason_2=facts_2[d][0], score_1=5 + 2 * (facts_1[d][1] - facts_2[d][1]),
+                     score_2=5 - 2 * (facts_1[d][1] - facts_2[d][1])) for d in dims]
+        total = sum(r["score_1"] - 5 for r in rows)
+        signs[category[0]] = winner = 1 if total > 0 else 2 if total < 0 else 0
+        best = max(rows, key=lambda r: (r["score_1"] - 5) * (1 if winner == 1 else -1))
+        reason = f"{names[winner]} leads on {best['name']}" if winner else "Both are even"
+        categories.append(dict(name=category, dims=rows, cat_reason=reason, cat_winner=names[winner]))
+    vote = sum(WEIGHTS[k] * {1: 1, 2: -1, 0: 0}[w] for k, w in signs.items())
+    label = winner = 1 if vote > 0 else 2 if vote < 0 else 0
+    reason = ", ".join(f"{k} {w or 'even'}" for k, w in signs.items())
+    if label and 3 - label in signs.values():
+        dazzled = signs["A"] == label and signs["B"] == signs["C"] == 3 - label and rng is not None and rng.random() < .7
+        winner = 3 - label if dazzled else label
+        reason += ": looks decide" if dazzled or signs["A"] != label else ": content decides"
+    return dict(categories=categories, reason=reason, winner=names[winner]), label
+
+
+def caption(prompt, scene):
+    """Everything that the teacher sees in one image, as one line: the toy judge's eyes are trained on it first."""
+    seen = facts(prompt, scene)
+    return ", ".join(f"{d}: {seen[d][0]}" for _, dims in rubric(prompt) for d in dims)
+
+
+class Records:
+    """Toy records of data.py's kinds, made when asked for: record i of a split is a function of (split, kind, seed, i).
+
+    split  train: prompts that are trained on; val, test: held-out prompts; scenes: trained prompts in scenes of their own
+    kind   trace: the imperfect teacher's verdict as "response"; pair: people's label alone; caption: one image described;
+           image: a captioned picture for the base generator, 30 % of them faulty and 25 % of poor looks; prompt: only the prompt
+    """
+
+    def __init__(self, split, kind, num, seed=0):
+        self.split, self.kind, self.num, self.seed = split, kind, num, seed
+
+    def __len__(self):
+        return self.num
+
+    def draw(self, i):
+        if not 0 <= i < self.num:
+            raise IndexError(i)
+        rng = random.Random(f"{self.split} {self.kind} {self.seed} {i}")
+        return rng, sample_prompt(rng, held_out=self.split in ("val", "test"))
+
+    def length(self, i):
+        """The order of record i among the others by length: traces of spatial prompts have a category more."""
+        return ("single", "count", "two", "binding", "spatial").index(self.draw(i)[1]["type"])
+
+    def __getitem__(self, i):
+        rng, prompt = self.draw(i)
+        record = dict(prompt=prompt["text"], type=prompt["type"], toy_prompt=prompt)
+        if self.kind == "prompt":
+            return record
+        if self.kind in ("caption", "image"):
+            base = self.kind == "image"
+            scene = sample_scene(prompt, rng, int(rng.random() < .3) if base else None, defects=rng.random() < .25 if base else True)
+            record["images"] = [render(prompt, scene)]
+            if not base:
+                record.update(instruction=f"Describe for: {prompt['text']}", response=caption(prompt, scene))
+            return record
+        hard, ties = rng.random() < .06, self.kind == "trace" and rng.random() < .1
+        while True:                                  # a share of hard pairs: content against looks; ties only to train on
+            scenes = [sample_scene(prompt, rng), sample_scene(prompt, rng)]
+            verdict, label = judge_pair(prompt, *scenes, rng if self.kind == "trace" else None)
+            signs = [c["cat_winner"] for c in verdict["categories"]]
+            if (label or ties) and (not hard or signs[1] == signs[2] != "Tie" != signs[0] != signs[1]):
+                break
+        record["images"] = [render(prompt, s) for s in scenes]
+        record["winner"] = {1: "Image 1", 2: "Image 2", 0: "Tie"}[label]
+        if self.kind == "trace":
+            record["response"] = json.dumps(verdict, separators=(",", ":"))
+        return record
+
+
+# ---------------------------------------------------------------- the pixel oracle
+
+@functools.lru_cache(None)
+def templates(n=23):
+    """(names, masks (K, n*n)) of all shapes at several sizes, blurs and offsets."""
+    names, masks = [], []
+    for shape in SHAPES:
+        for radius in (3.0, 3.5, 4.0, 5.0, 5.5, 6.0, 6.5):
+            cover, padded = mask(shape, radius), np.zeros((n, n), np.float32)
+            o = (n - len(cover)) // 2
+            padded[o:o + len(cover), o:o + len(cover)] = cover
+            for blur in (0, 1.0, 1.6, 2.2):
+                soft = Image.fromarray((padded * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(blur))
+                soft = np.asarray(soft, np.float32) / 255 if blur else padded
+                names += [shape] * 9
+                masks += [np.roll(soft, (dy, dx), (0, 1)).ravel() for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    return names, np.stack(masks)
+
+
+def neighbours(x, reduce):
+    """`reduce` over each pixel's 3 x 3 neighbourhood (edges repeated)."""
+    p = np.pad(x, ((1, 1), (1, 1)) + ((0, 0),) * (x.ndim - 2), mode="edge")
+    return reduce(np.stack([p[i:i + SIZE, j:j + SIZE] for i in range(3) for j in range(3)]), 0)
+
+
+def components(on):
+    """Connected areas (4-neighbours) of a boolean (48, 48) map, as boolean maps."""
+    todo, out = on.copy(), []
+    while todo.any():
+        stack, area = [tuple(np.argwhere(todo)[0])], np.zeros_like(on)
+        todo[stack[0]] = False
+        while stack:
+            y, x = stack.pop()
+            area[y, x] = True
+            for v, u in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                if 0 <= v < SIZE and 0 <= u < SIZE and todo[v, u]:
+                    todo[v, u] = False
+                    stack.append((v, u))
+        out.append(area)
+    return out
+
+
+def border(x):
+    """The outermost pixels of an image, (N, 3)."""
+    return np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
+
+
+def detect(image, min_area=14):
+    """Objects measured in the pixels, as dicts color, shape, x, y, area, iou. Knows the palette and the shapes, not the scene."""
+    x = np.asarray(image, np.float32)
+    ground = np.median(border(x), 0)
+    spread = np.median(np.abs(border(x) - ground))
+    for _ in range(int(spread > 12) + int(spread > 20)):                        # noise: average before looking
+        x = neighbours(x, np.mean)
+    if np.ptp(ground) < 45:                          # undo the exposure, judged by the ground
+        gain, lift = (230 / max(ground.mean(), 1), 0) if ground.mean() < 170 else (1 / .55, 135) if ground.mean() > 248 else (1, 0)
+    else:
+        gain, lift = (228 / ground.max(), 0) if ground.max() < 140 else (1 / .55, 135) if ground.min() > 150 else (1, 0)
+    x, ground = ((v - lift) * gain for v in (x, ground))
+    x = x.clip(0, 255)
+    rays = np.array(list(COLORS.values()), np.float32) - ground                 # pixel = ground + alpha * ray
+    alpha = ((x - ground) @ rays.T / (rays ** 2).sum(1)).clip(0, 1.25)          # (48, 48, colors)
+    rest = ((x[:, :, None] - ground - alpha[..., None] * rays) ** 2).sum(-1) + 400 * (1 - alpha.clip(0, 1)) ** 2
+    best = rest.argmin(-1)
+    best[np.take_along_axis(alpha, best[..., None], -1)[..., 0] <= .5] = -1
+    found, (names, shapes), half = [], templates(), 11
+    for k, color in enumerate(COLORS):
+        for area in components(best == k):
+            if area.sum() < min_area:
+                continue
+            ys, xs = np.nonzero(area)
+            near = neighbours(neighbours(area, np.max), np.max) & (area | (best == -1))
+            cover = np.pad(alpha[..., k].clip(0, 1) * near, 23)
+            y, x0 = int(round((ys.min() + ys.max()) / 2)) + 23, int(round((xs.min() + xs.max()) / 2)) + 23
+            window = cover[y - half:y + half + 1, x0 - half:x0 + half + 1].ravel()
+            iou = np.minimum(shapes, window).sum(1) / (np.maximum(shapes, window).sum(1) + 1e-6)
+            found.append(dict(color=color, shape=names[iou.argmax()], x=xs.mean(), y=ys.mean(), area=len(ys), iou=float(iou.max())))
+    return found
+
+
+def success(prompt, image):
+    """True when the measured objects are the prompt's: right kinds, right number, right relation. In the manner of GenEval."""
+    found = detect(image)
+    if prompt["type"] not in PAIR_TYPES:
+        return len(found) == prompt["count"] and all((o["color"], o["shape"]) == prompt["objects"][0] for o in found)
+    if len(found) != 2:
+        return False
+    fits = lambda want, got: want[0] in (None, got["color"]) and want[1] == got["shape"]
+    first, second = found if fits(prompt["objects"][0], found[0]) else found[::-1]
+    if not (fits(prompt["objects"][0], first) and fits(prompt["objects"][1], second)):
+        return False
+    dx, dy = first["x"] - second["x"], first["y"] - second["y"]
+    seen = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+    return prompt["relation"] in (None, seen)
+
+
+def picture_stats(images):
+    """Means over images of four measures in grey levels (0..255) that content does not move: what an eye calls drift.
+
+    cast   spread of the channels of the ground color; 0 to 4 for plain grounds
+    tiles  standard deviation between the ground colors of the nine cells, the colour steps of a patchwork
+    noise  mean distance of a ground pixel from the mean of its neighbours
+    edge   strongest steps between neighbouring pixels (98th percentile): sharpness
+    """
+    rows = []
+    for image in images:
+        x = np.asarray(image, np.float32)
+        ground = np.median(border(x), 0)
+        on = neighbours(np.abs(x - ground).max(-1), np.max) < 60                # away from objects
+        cells = [x[i:i + CELL, j:j + CELL][on[i:i + CELL, j:j + CELL]] for i in range(0, SIZE, CELL) for j in range(0, SIZE, CELL)]
+        medians = np.array([np.median(c, 0) for c in cells if len(c) > 20] or [ground])
+        grain = np.abs(x - neighbours(x, np.mean)).mean(-1)[on]
+        rows.append([np.ptp(ground), medians.std(0).mean(), grain.mean() if grain.size else 0,
+                     np.percentile(np.abs(np.diff(x, axis=0)).max(-1), 98)])
+    return dict(zip(("cast", "tiles", "noise", "edge"), np.mean(rows, 0).round(2).tolist()))
