@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from data import batch_indices, build_preferences, comparison, encode, open_records, read_records, write_jsonl, WINNERS
-from reward import LocalJudge, TEMPLATE, evaluate_judge, load_processor
+from reward import LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_processor
 # toolbox from sft.py; paste that block here to stand alone
-from sft import (Log, add_lora, adapters_off, draw_curves, gather, has_bf16, load_checkpoint, make_optimizers, merge_lora, optimizer_step,
-                 peak_gib, replicate, save_adapter, save_checkpoint, set_lr, start_ranks, total, trainable)
+from sft import (Log, add_lora, adapters_off, draw_curves, draw_verdict, gather, has_bf16, load_checkpoint, make_optimizers, merge_lora,
+                 optimizer_step, peak_gib, replicate, save_adapter, save_checkpoint, set_lr, start_ranks, total, trainable)
 
 
 def parse_args(argv=None):
@@ -48,10 +48,9 @@ def parse_args(argv=None):
     add("--lora-targets", default=r"(q|k|v|o|gate|up|down)_proj$", help="regex on the names of linear layers")
     # loss
     add("--beta", type=float, default=.1, help="strength of the tie to the reference")
-    add("--nll-weight", type=float, default=0.0, help="weight of the chosen trace's cross-entropy per token, added to the loss")
     # optim
     add("--optim", choices=["adamw", "muon"], default="adamw")
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--lr", type=float, default=3e-4, help="peak learning rate")
     add("--weight-decay", type=float, default=0.0)
     add("--warmup-steps", type=int, default=5)
     add("--max-steps", type=int, default=60, help="optimizer steps")
@@ -125,16 +124,19 @@ def main(argv=None):
     model.set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
     processor, kept = load_processor(args.model), Path(args.template or Path(args.model, "template.txt"))
     template = kept.read_text() if args.template or kept.exists() else TEMPLATE
-    judge = LocalJudge(model=model, processor=processor, template=template, batch_size=100, max_new_tokens=args.max_new_tokens,
-                       dtype=torch.bfloat16 if args.bf16 else None)
+    def new_judge():
+        return LocalJudge(model=model, processor=processor, template=template, batch_size=200, max_new_tokens=args.max_new_tokens,
+                          dtype=torch.bfloat16 if args.bf16 else None)
+
+    held_out = open_records(args.eval_data, "pair", args.eval_num, 1) if ranks.rank == 0 else []
+    held_out = [held_out[i] for i in range(min(args.eval_num, len(held_out)))]
+    labels = [WINNERS[p["winner"]] for p in held_out]
 
     def evaluate():
-        pairs = open_records(args.eval_data, "pair", args.eval_num, 1)
-        pairs = [pairs[i] for i in range(min(args.eval_num, len(pairs)))]
-        return evaluate_judge(judge, [comparison(p) for p in pairs], [WINNERS[p["winner"]] for p in pairs], random.Random(0))
+        return evaluate_judge(new_judge(), [comparison(p) for p in held_out], labels, random.Random(0))
 
     before = evaluate() if ranks.rank == 0 else None
-    records = sample_preferences(args, judge, ranks)
+    records = sample_preferences(args, new_judge(), ranks)
     reference = None if args.lora_rank else copy.deepcopy(model).requires_grad_(False).eval()
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets)
@@ -163,9 +165,8 @@ def main(argv=None):
                 logps, lengths = response_logps(model, batch)
             (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), ref_logps.chunk(2)
             losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
-            nll = -chosen / lengths.chunk(2)[0]
-            ((losses + args.nll_weight * nll).sum() / per_step).backward()
-            for name, value in {"loss": losses, "nll": nll, "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
+            (losses.sum() / per_step).backward()
+            for name, value in {"loss": losses, "nll": -chosen / lengths.chunk(2)[0], "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
                                 "rewards/margin": chosen_rewards - rejected_rewards,
                                 "rewards/accuracy": (chosen_rewards > rejected_rewards).float()}.items():
                 sums[name] = sums.get(name, 0) + value.sum().item()
@@ -185,10 +186,16 @@ def main(argv=None):
         Path(args.out, "model", "template.txt").write_text(template)
         draw_curves(log.rows, ["loss", "rewards/margin", "rewards/accuracy"], Path(args.out, "curves.png"))
         after = evaluate()
-        print(f"{'held-out pairs':24s} before   after")
+        print(f"{len(held_out)} held-out pairs".ljust(24), "before   after")
         for name, value in before.items():
             if isinstance(value, float):
                 print(f"  {name:22s} {value:6.3f}  {after[name]:6.3f}")
+        right = [[v.winner and (3 - v.winner if flip else v.winner) == label for v, flip, label in zip(d["verdicts"], d["flipped"], labels)]
+                 for d in (before, after)]
+        shown = next((i for i in range(len(labels)) if right[1][i] and not right[0][i]), 0)     # a pair that was mended, if any was
+        pair = comparison(held_out[shown], swap=before["flipped"][shown])
+        texts = [f"{when}\n\n{format_verdict(d['verdicts'][shown], pair.prompt)}" for when, d in (("before", before), ("after", after))]
+        draw_verdict(pair.media_1 + pair.media_2, texts, Path(args.out, "verdict.png"))
         log.write(**{f"{name}_{when}": v for when, d in (("before", before), ("after", after)) for name, v in d.items() if isinstance(v, float)})
 
 

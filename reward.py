@@ -10,6 +10,7 @@ group_advantages), the judge (LocalJudge), its exam (evaluate_judge). The file i
 Shapes: G images of one prompt, D anchors (A, B, C), B comparisons per batch, T tokens.
 """
 import argparse
+import copy
 import functools
 import json
 import math
@@ -365,8 +366,9 @@ def win_rates(pairs, verdicts, num_items, count_extra=False, category_weights=No
     category = (weights * rates.nan_to_num()).sum(0) / weights.sum(0)
     winners = [verdict.winner for verdict in verdicts]
     # float32 out of float64: rates equal on paper become equal bit by bit, (0 + .2 + 1) / 3 and (.4 + .4 + .4) / 3 are not
-    return WinRates(overall.float(), category.float(), dict(zip(names[1:], rates.float())), num_decided=winners.count(1) + winners.count(2),
-                    num_ties=winners.count(0), num_undecided=winners.count(None), first_position_wins=winners.count(1))
+    return WinRates(overall.float(), category.float(), dict(zip(names[1:], rates.float())),
+                    num_decided=winners.count(1) + winners.count(2), num_ties=winners.count(0),
+                    num_undecided=winners.count(None), first_position_wins=winners.count(1))
 
 
 def group_advantages(rates, alpha=0.7, eps=1e-8, std_floor=0.0, normalize_std=True):
@@ -436,7 +438,8 @@ class LocalJudge:
 
     template=None reads `template.txt` in the folder (sft.py writes it, so that a judge keeps the wording it was trained on) and
     else takes TEMPLATE. A path is loaded to `device` (default: the GPU, else the CPU) in `dtype` (default: bfloat16 on a GPU,
-    float32 on a CPU). A dtype other than that of the weights means autocast; on a CPU the weights stay float32.
+    float32 on a CPU). For a model in memory another dtype than its own means autocast on a GPU and a cast copy on a CPU, where
+    autocast would cast the weights anew for every token.
     """
     def __init__(self, path=None, *, model=None, processor=None, template=None, device=None, dtype=None, batch_size=64,
                  max_new_tokens=2048):
@@ -446,11 +449,14 @@ class LocalJudge:
             from transformers import AutoModelForImageTextToText
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-            weights_dtype = torch.float32 if device.type == "cpu" else dtype
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype=weights_dtype).to(device).eval()
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device).eval()
+            if device.type == "cpu":
+                model.set_attn_implementation("eager")      # faster there, token by token
             processor = load_processor(path)
             if template is None and (Path(path) / "template.txt").is_file():
                 template = (Path(path) / "template.txt").read_text(encoding="utf-8")
+        elif dtype is not None and model.device.type == "cpu" and model.dtype != dtype:
+            model = copy.deepcopy(model).to(dtype)
         self.model, self.processor, self.template, self.dtype = model, processor, template, dtype
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
 

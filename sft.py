@@ -49,6 +49,7 @@ class Ranks(NamedTuple):
 
 def start_ranks():
     """Join torchrun's process group (NCCL on GPUs, gloo on CPUs), or be the only rank."""
+    torch.set_flush_denormal(True)                                              # sharp attention is full of them; a CPU crawls
     local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
@@ -529,8 +530,8 @@ def parse_args(argv=None):
     add("--lr", type=float, help="peak learning rate  [judge 2e-3, generator 4e-3]")
     add("--weight-decay", type=float, default=.01)
     add("--warmup-steps", type=int, default=60)
-    add("--max-steps", type=int, help="optimizer steps  [judge 800, generator 800]")
-    add("--batch-size", type=int, help="records per rank per micro-step  [judge 32, generator 128]")
+    add("--max-steps", type=int, help="optimizer steps  [judge 850, generator 640]")
+    add("--batch-size", type=int, help="records per rank per micro-step  [judge 32, generator 64]")
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
     add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
     # run
@@ -543,7 +544,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
     judge = args.task == "judge"
-    defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=800, batch_size=32 if judge else 128, eval_num=600 if judge else 256,
+    defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=850 if judge else 640, batch_size=32 if judge else 64, eval_num=600 if judge else 256,
                     out=f"out/{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
                     max_new_tokens=256 if args.model == "toy" else 2048)
     for name, value in defaults.items():
@@ -599,7 +600,7 @@ class Judge:
     def evaluate(self, out):
         """Numbers on held-out pairs, and verdict.png: one verdict next to its two images."""
         pairs = [open_records(self.args.eval_data, "pair", self.args.eval_num, 1)[i] for i in range(self.args.eval_num)]
-        judge = LocalJudge(model=self.model, processor=self.processor, template=self.template, batch_size=100,
+        judge = LocalJudge(model=self.model, processor=self.processor, template=self.template, batch_size=200,
                            dtype=torch.bfloat16 if self.args.bf16 else None, max_new_tokens=self.args.max_new_tokens)
         result = evaluate_judge(judge, [comparison(p) for p in pairs], [WINNERS[p["winner"]] for p in pairs], random.Random(0))
         shown = comparison(pairs[0], swap=result["flipped"][0])
@@ -615,10 +616,11 @@ class Judge:
 # ---------------------------------------------------------------- the generator: flow matching
 
 def load_pipeline(path, ranks):
-    """The diffusers pipeline of a folder or hub id with the driver installed, all frozen but its denoisers. Toy folders know toy_models."""
+    """The diffusers pipeline of a folder or hub id with the driver installed, all frozen but its denoisers."""
     index = Path(path, "model_index.json")
-    if index.exists() and "toy_models" in index.read_text():
+    if index.exists() and "toy_models" in index.read_text():                   # its codec is a class of ours, imported before
         toy_world()
+        import toy_models                                                       # noqa: F401
     return prepare_pipeline(DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32), ranks)
 
 
@@ -628,6 +630,8 @@ def prepare_pipeline(pipe, ranks):
             module.requires_grad_(False).eval()
     for module in denoisers(pipe).values():
         module.requires_grad_(True)
+        if ranks.device.type == "cpu":
+            module.set_attention_backend("_native_math")                        # faster for a handful of tokens
     return install(pipe.to(ranks.device))
 
 

@@ -131,7 +131,7 @@ def make_text_encoder(vocab_size, layers, width=64):
     basis = torch.linalg.qr(torch.randn(width, width))[0] * width ** .5
     for name, p in encoder.named_parameters():
         if "embedding" in name:
-            p.data = basis[:vocab_size] if "token" in name else basis[-MAX_WORDS:]
+            p.data = (basis[:vocab_size] if "token" in name else basis[-MAX_WORDS:]).clone()
         elif p.ndim == 2:
             torch.nn.init.orthogonal_(p)
     return encoder.requires_grad_(False).eval()

@@ -28,13 +28,16 @@ PAIR_TYPES = ("two", "binding", "spatial")
 
 # ---------------------------------------------------------------- prompts
 
-def sample_prompt(rng, held_out=False):
+KINDS = ["single", "count", "two", "binding", "spatial"]
+
+
+def sample_prompt(rng, held_out=False, kinds=KINDS):
     """A prompt as a dict: type, objects [(color or None, shape)], count, relation or None, text.
 
     A quarter of the combinations of each type is held out, in the manner of a Latin square: every word occurs in training.
     """
     while True:
-        kind = rng.choice(["single", "count", "two", "binding", "spatial"])
+        kind = rng.choice(kinds)
         (c1, c2), (s1, s2) = rng.sample(list(COLORS), 2), rng.sample(SHAPES, 2)
         objects, count, relation = [(c1, s1)], 1, None
         if kind == "single":
@@ -74,7 +77,6 @@ class Scene:
     small: bool = False
     off_center: bool = False
     crowded: bool = False
-    tilted: bool = False
 
     def visible(self):
         return [o for o in self.objects if o] + self.surplus
@@ -132,19 +134,18 @@ def sample_scene(prompt, rng, num_faults=None, defects=True):
         if rng.random() < .5:
             fault = rng.choice(["off_center", "small", "background", "background"])
             setattr(scene, fault, rng.choice(["clashing", "tinted", "tiled"]) if fault == "background" else True)
-        if kind == "spatial" and rng.random() < .6:
-            setattr(scene, rng.choice(["crowded", "tilted"]), True)
+        if kind == "spatial" and rng.random() < .35:
+            scene.crowded = True
     return scene
 
 
 def place(prompt, scene, rng):
     """Cells (column, row) of the main objects, then of all free cells in random order."""
     n = len(scene.objects)
-    if prompt["type"] in PAIR_TYPES:                 # along one axis by the relation; crowded: neighbours; tilted: two lanes
+    if prompt["type"] in PAIR_TYPES:                 # along one axis by the relation; crowded: neighbours
         lane = rng.choice([0, 2]) if scene.off_center else 1
-        lane_2 = (rng.choice([0, 2]) if lane == 1 else 1) if scene.tilted else lane
         a, b = rng.choice([(0, 1), (1, 2)]) if scene.crowded else (0, 2)
-        cells = [(a, lane), (b, lane_2)] if scene.relation in ("left", "right") else [(lane, a), (lane_2, b)]
+        cells = [(a, lane), (b, lane)] if scene.relation in ("left", "right") else [(lane, a), (lane, b)]
         cells = cells[::-1] if scene.relation in ("right", "below") else cells
     elif scene.off_center:                           # everything on one side
         side = rng.choice([[(0, 0), (0, 1), (0, 2), (1, 1), (1, 0)], [(2, 0), (2, 1), (2, 2), (1, 1), (1, 0)],
@@ -227,7 +228,7 @@ WEIGHTS = {"A": 5, "D": 4, "B": 3, "C": 1.5}         # people's weights; a categ
 def rubric(prompt):
     """The categories and sub-dimensions for this prompt: the three anchors, and a self-added D where it asks for a relation."""
     spread = "Centering" if prompt["type"] == "single" else "Balance"
-    added = [("D. Spatial Relation", ["Relation accuracy", "Separation", "Axis alignment"])] * (prompt["type"] == "spatial")
+    added = [("D. Spatial Relation", ["Relation accuracy", "Separation", "Completeness"])] * (prompt["type"] == "spatial")
     return [("A. Semantic Alignment", CONTENT[prompt["type"]]), ("B. Image Quality", ["Clarity", "Exposure", "Artifacts"]),
             ("C. Aesthetics", [spread, "Background", "Object scale"])] + added
 
@@ -268,9 +269,9 @@ def facts(prompt, scene):
     whole = all(scene.objects)
     say("Relation accuracy", scene.relation if whole else "unclear", 2 * (whole and scene.relation == prompt["relation"]))
     out["Separation"] = ("crowded", 0) if scene.crowded else ("clear gap", 2)
-    out["Axis alignment"] = ("tilted", 0) if scene.tilted else ("level", 2)
+    out["Completeness"] = ("both present", 2) if whole else ("one missing", 0)
     if not whole:
-        out["Separation"] = out["Axis alignment"] = ("unclear", 0)
+        out["Separation"] = ("unclear", 0)
     return out
 
 
@@ -312,8 +313,8 @@ class Records:
     """Toy records of data.py's kinds, made when asked for: record i of a split is a function of (split, kind, seed, i).
 
     split  train: prompts that are trained on; val, test: held-out prompts; scenes: trained prompts in scenes of their own
-    kind   trace: the imperfect teacher's verdict as "response"; pair: people's label alone; caption: one image described;
-           image: a captioned picture for the base generator, 30 % of them faulty and 25 % of poor looks; prompt: only the prompt
+    kind   trace: the imperfect teacher's verdict as "response"; pair: people's label alone, hard ones often; caption: one image described;
+           image: a captioned picture for the base generator, a tenth of them faulty, a tenth of poor looks; prompt: only the prompt
     """
 
     def __init__(self, split, kind, num, seed=0):
@@ -326,11 +327,12 @@ class Records:
         if not 0 <= i < self.num:
             raise IndexError(i)
         rng = random.Random(f"{self.split} {self.kind} {self.seed} {i}")
-        return rng, sample_prompt(rng, held_out=self.split in ("val", "test"))
+        kinds = KINDS + ["binding", "spatial"] * (self.kind == "trace")         # the harder types more often where judges learn
+        return rng, sample_prompt(rng, self.split in ("val", "test"), kinds)
 
     def length(self, i):
         """The order of record i among the others by length: traces of spatial prompts have a category more."""
-        return ("single", "count", "two", "binding", "spatial").index(self.draw(i)[1]["type"])
+        return KINDS.index(self.draw(i)[1]["type"])
 
     def __getitem__(self, i):
         rng, prompt = self.draw(i)
@@ -339,12 +341,13 @@ class Records:
             return record
         if self.kind in ("caption", "image"):
             base = self.kind == "image"
-            scene = sample_scene(prompt, rng, int(rng.random() < .3) if base else None, defects=rng.random() < .25 if base else True)
+            scene = sample_scene(prompt, rng, int(rng.random() < .1) if base else None, defects=rng.random() < .1 if base else True)
             record["images"] = [render(prompt, scene)]
             if not base:
                 record.update(instruction=f"Describe for: {prompt['text']}", response=caption(prompt, scene))
             return record
-        hard, ties = rng.random() < .06, self.kind == "trace" and rng.random() < .1
+        hard = rng.random() < (.3 if self.kind == "pair" and self.split == "train" else .06)
+        ties = self.kind == "trace" and rng.random() < .1
         while True:                                  # a share of hard pairs: content against looks; ties only to train on
             scenes = [sample_scene(prompt, rng), sample_scene(prompt, rng)]
             verdict, label = judge_pair(prompt, *scenes, rng if self.kind == "trace" else None)

@@ -1,0 +1,39 @@
+"""Paths, quiet libraries, and the tiny models that several tests share."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import pytest
+import torch
+from transformers import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def judge_folder(tmp_path_factory):
+    """A tiny untrained judge as sft.py leaves one."""
+    import toy_models
+    folder = tmp_path_factory.mktemp("judge") / "model"
+    model, processor = toy_models.make_judge(0, width=32, layers=2, vision_width=24, vision_layers=2)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "template.txt").write_text(toy_models.INSTRUCTION)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def generator_folder(tmp_path_factory):
+    """A tiny generator as sft.py leaves one, its output layer given weights so that it moves."""
+    import toy_models
+    folder = tmp_path_factory.mktemp("generator") / "model"
+    pipe = toy_models.make_generator(0, images=200)
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=.05)
+    pipe.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,154 @@
+"""The stochastic sampler, the objective, the reward of a group, whole runs."""
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+import grpo
+import sft
+from sft import TOY_PIPE_ARGS, generator
+from test_sft import GRPO, rows, weights
+
+
+@pytest.fixture(scope="module")
+def pipe(generator_folder):
+    return sft.load_pipeline(generator_folder, sft.start_ranks())
+
+
+ARGS = SimpleNamespace(eta=.7, sde_steps=3, clip_range=1e-3, ratio_norm=False, kl=0.0)
+PROMPTS = ["a red circle", "a blue star above a green square"]
+SEEDS = [(0, 1), (0, 2)]
+
+
+def test_log_prob_is_the_normal_density():
+    x, mean, std = torch.randn(3, 9, 32), torch.randn(3, 9, 32), torch.tensor(.3)
+    torch.testing.assert_close(grpo.log_prob(x, mean, std), Normal(mean, std).log_prob(x).mean((1, 2)))
+
+
+def test_transition_is_the_flow_sde_worked_by_hand():
+    """sigma .5 -> .4, eta .7: s^2 = .49, dt = -.1, mean = x (1 - .049) - .12250001 * .1 ... with x = 1, v = 2."""
+    sigmas, x, v = torch.tensor([.6, .5, .4]), torch.ones(1, 1), 2 * torch.ones(1, 1)
+    mean, std = grpo.transition(sigmas, 1, x, v, .7)
+    torch.testing.assert_close(mean, torch.tensor([[1 * (1 + .49 / 1 * -.1) + 2 * (1 + .49 * .5 / 1) * -.1]]))
+    torch.testing.assert_close(std, torch.tensor((.49 * .1) ** .5))
+
+
+def test_eta_0_is_the_stock_euler_sampler_bit_for_bit(pipe):
+    args = SimpleNamespace(**{**vars(ARGS), "eta": 0.0})
+    ours, trajectory = grpo.rollout(pipe, PROMPTS, SEEDS, args, output_type="pt", **TOY_PIPE_ARGS)
+    stock = sft.run(pipe, prompt=PROMPTS, generator=[generator(*s) for s in SEEDS], output_type="pt", **TOY_PIPE_ARGS).images
+    assert torch.equal(ours, stock) and ours.std() > .01
+    assert len(trajectory["x"]) == 10
+
+
+def test_image_is_a_function_of_its_prompt_and_seed(pipe):
+    both, _ = grpo.rollout(pipe, PROMPTS, SEEDS, ARGS, output_type="pt", **TOY_PIPE_ARGS)
+    one, _ = grpo.rollout(pipe, PROMPTS[1:], SEEDS[1:], ARGS, output_type="pt", **TOY_PIPE_ARGS)
+    torch.testing.assert_close(both[1:], one)
+    assert not torch.allclose(both[0], both[1])
+
+
+@pytest.mark.parametrize("ratio_norm", [False, True])
+def test_first_update_has_ratio_1_and_the_policy_gradient(pipe, ratio_norm):
+    """max |ratio - 1| is 0 before any update, and the gradient is that of -A mean log-prob, written out by hand."""
+    args = SimpleNamespace(**{**vars(ARGS), "ratio_norm": ratio_norm})
+    _, trajectory = grpo.rollout(pipe, PROMPTS, SEEDS, args, **TOY_PIPE_ARGS)
+    advantages = torch.tensor([1., -.5])
+    pipe.transformer.zero_grad()
+    stats = grpo.accumulate_gradients(pipe, trajectory, advantages, args, 1 / 2, prompt=PROMPTS, **TOY_PIPE_ARGS)
+    assert stats["max_ratio_error"] == 0 and stats["clip_fraction"] == 0
+    ours = {n: p.grad.clone() for n, p in pipe.transformer.named_parameters()}
+    pipe.transformer.zero_grad()
+    sigmas = trajectory["sigmas"]
+    for i in range(3):
+        v = sft.velocity(pipe, trajectory["x"][i], sigmas[i], prompt=PROMPTS, **TOY_PIPE_ARGS)
+        mean, std = grpo.transition(sigmas, i, trajectory["x"][i], v, .7)
+        logp = Normal(mean, std).log_prob(trajectory["x"][i + 1]).mean((1, 2))
+        scale = std / (sigmas[i] - sigmas[i + 1]) if ratio_norm else 1.0
+        (-(advantages * logp * scale).mean() / 3).backward()
+    for name, p in pipe.transformer.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_ratio_norm_is_the_log_ratio_without_its_quadratic_term_times_std():
+    old, new, noise, std = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.tensor(.4)
+    x = old + std * noise
+    plain = grpo.policy_ratio(x, new, old, std, noise, False).log()
+    quadratic = ((new - old) ** 2).mean((1, 2)) / (2 * std ** 2)
+    torch.testing.assert_close(grpo.policy_ratio(x, new, old, std, noise, True).log(), (plain + quadratic) * std)
+
+
+def test_grpo_loss_worked_by_hand():
+    losses, clipped = grpo.grpo_loss(torch.tensor([1., 1.5, 1.5, .5, .5]), torch.tensor([2., 2., -2., 2., -2.]), .2)
+    torch.testing.assert_close(losses, torch.tensor([-2., -2.4, 3., -1., 1.6]))         # the pessimistic side of the clip
+    assert clipped == pytest.approx(.8)
+
+
+def test_judge_groups_counts_and_stays_within_groups():
+    """A fake judge that likes bright images: advantages follow brightness in each group, whatever the other group holds."""
+    from PIL import Image
+    from test_dpo import GOOD
+    groups = [[Image.new("RGB", (4, 4), (v, v, v)) for v in values] for values in ((10, 30, 20), (250, 200, 240))]
+
+    def judge(comparisons):
+        better = [1 if c.media_1[0].getpixel((0, 0)) > c.media_2[0].getpixel((0, 0)) else 2 for c in comparisons]
+        return [GOOD.replace("Image 1", f"Image {w}").replace('_1":7', f'_1":{7 if w == 1 else 3}')
+                .replace('_2":3', f'_2":{3 if w == 1 else 7}') for w in better]
+    import random
+    args = SimpleNamespace(group_size=3, pairs="all", alpha=.7, adv_clip=5.0)
+    advantages, counts, bad = grpo.judge_groups(judge, ["a", "b"], groups, args, random.Random(0))
+    torch.testing.assert_close(advantages, torch.tensor([[-1., 1., 0.], [1., -1., 0.]]))
+    assert counts["verdicts"] == 6 and counts["undecided"] == counts["ties"] == counts["dead"] == 0 and not bad
+    advantages, counts, bad = grpo.judge_groups(lambda c: ["?"] * len(c), ["a", "b"], groups, args, random.Random(0))
+    assert counts["undecided"] == 6 and counts["dead"] == 2 and advantages.eq(0).all() and bad == ["?"]
+
+
+def run_grpo(generator_folder, judge_folder, out, *extra):
+    grpo.main(["--model", generator_folder, "--judge", judge_folder, "--out", str(out), *GRPO, *extra])
+
+
+def fake_verdicts(monkeypatch):
+    """The untrained judge's texts replaced by verdicts drawn from the images, so that there is something to learn from."""
+    from test_dpo import GOOD
+    pick = lambda c: 1 if sum(c.media_1[0].tobytes()) > sum(c.media_2[0].tobytes()) else 2
+    monkeypatch.setattr(grpo.LocalJudge, "__call__", lambda self, comparisons, **k: [GOOD.replace("Image 1", f"Image {pick(c)}") for c in comparisons])
+
+
+@pytest.mark.parametrize("lora", ["0", "4"])
+def test_run_resumes_exactly_and_starts_at_ratio_1(lora, generator_folder, judge_folder, tmp_path, monkeypatch, capsys):
+    fake_verdicts(monkeypatch)
+    out, args = tmp_path / "run", ["--lora-rank", lora, "--max-steps", "4", "--save-every", "2", "--lr", "1e-3"]
+    run_grpo(generator_folder, judge_folder, out, *args)
+    log, whole = rows(out), weights(out, 4)
+    assert log[0]["max_ratio_error"] == 0 and "max |ratio - 1| at the first update: 0" in capsys.readouterr().out
+    assert any(r["grad_norm"] > 0 for r in log)
+    shutil.rmtree(out / "step_000004")
+    run_grpo(generator_folder, judge_folder, out, *args, "--resume")
+    assert all(torch.equal(v, weights(out, 4)[k]) for k, v in whole.items())
+    assert [r["loss"] for r in rows(out)] == [r["loss"] for r in log]
+
+
+def test_kl_is_0_at_the_base_and_grows_away_from_it(generator_folder, judge_folder, tmp_path, monkeypatch):
+    fake_verdicts(monkeypatch)
+    run_grpo(generator_folder, judge_folder, tmp_path / "run", "--kl", ".1", "--max-steps", "3", "--lr", "1e-2")
+    kl = [r["kl"] for r in rows(tmp_path / "run")]
+    assert kl[0] == 0 < kl[1]
+    with pytest.raises(SystemExit):
+        grpo.parse_args(["--kl", ".1", "--lora-rank", "0"])
+
+
+def test_too_many_undecided_verdicts_stop_the_run_and_show_one(generator_folder, judge_folder, tmp_path):
+    with pytest.raises(SystemExit, match=r"(?s)6 of 6 verdicts are undecided, more than --max-parse-fail 0.5. One of them:"):
+        run_grpo(generator_folder, judge_folder, tmp_path / "run", "--max-parse-fail", ".5")
+
+
+def test_missing_stages_name_their_commands(tmp_path, monkeypatch, generator_folder):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="python sft.py --task generator"):
+        grpo.main([])
+    with pytest.raises(SystemExit, match="python sft.py"):
+        grpo.main(["--model", generator_folder])

@@ -1,0 +1,212 @@
+"""The toolbox, the driver and supervised fine-tuning."""
+import ast
+import builtins
+import json
+import re
+import symtable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import dpo
+import grpo
+import sft
+from conftest import ROOT
+from sft import Done, add_lora, adapters_off, generator, merge_lora, run, save_adapter, velocity
+
+SMALL = ["--batch-size", "4", "--eval-num", "4", "--max-new-tokens", "8", "--warmup-steps", "1"]
+
+
+def rows(out):
+    return [r for r in map(json.loads, Path(out, "log.jsonl").read_text().splitlines()) if "lr" in r]
+
+
+def weights(out, step):
+    return load_file(Path(out, f"step_{step:06d}", "weights.safetensors"))
+
+
+def block(name):
+    """The text between the rulers of a block of sft.py."""
+    return re.search(rf"# =+ {name}\n(.*?)# =+ end of {name}\n", (ROOT / "sft.py").read_text(), re.S)[1]
+
+
+# ---------------------------------------------------------------- the blocks
+
+def free_names(source):
+    """Names a module's text uses, at any depth, without defining or importing them."""
+    table, used = symtable.symtable(source, "block", "exec"), set()
+
+    def walk(t):
+        for s in t.get_symbols():
+            if s.is_referenced() and (s.is_global() or t is table):
+                used.add(s.get_name())
+        for child in t.get_children():
+            walk(child)
+    walk(table)
+    defined = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    return used - defined - set(dir(builtins))
+
+
+def test_toolbox_needs_no_name_from_outside():
+    assert free_names(block("toolbox")) == set()
+    assert free_names("import os\ndef f():\n    return os.path.join(missing)\n") == {"missing"}      # the check can fail
+
+
+def test_driver_needs_only_the_toolbox():
+    assert free_names(block("toolbox") + block("driver")) == set()
+
+
+@pytest.mark.parametrize("stage", ["dpo", "grpo"])
+def test_pasted_blocks_replace_the_import(stage, tmp_path, judge_folder, generator_folder):
+    source = (ROOT / f"{stage}.py").read_text()
+    pasted = re.sub(r"from sft import \([^)]*\)\n", lambda _: block("toolbox") + block("driver"), source)
+    names = {a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module == "sft" for a in n.names}
+    judge_bits = {"load_pipeline", "toy_truth", "TOY_PIPE_ARGS"} & names      # the generator's own helpers stay imported
+    if judge_bits:
+        pasted = pasted.replace("\ndef parse_args", f"\nfrom sft import {', '.join(sorted(judge_bits))}\n\n\ndef parse_args", 1)
+    assert "from sft import" not in pasted or judge_bits
+    (tmp_path / f"pasted_{stage}.py").write_text(pasted)
+    namespace = {"__name__": f"pasted_{stage}", "__file__": str(ROOT / f"{stage}.py")}
+    exec(compile(pasted, f"pasted_{stage}.py", "exec"), namespace)
+    out = str(tmp_path / "run")
+    if stage == "dpo":
+        namespace["main"](["--model", judge_folder, "--data", preferences(tmp_path), "--out", out, "--max-steps", "1", *SMALL])
+    else:
+        namespace["main"](["--model", generator_folder, "--judge", judge_folder, "--out", out, *GRPO])
+    assert len(rows(out)) == 1
+
+
+GRPO = ["--max-steps", "1", "--batch-size", "2", "--group-size", "3", "--pairs", "all", "--eval-num", "4", "--max-new-tokens", "8",
+        "--max-parse-fail", "1", "--warmup-steps", "1", "--eval-every", "0"]
+
+
+def preferences(folder):
+    """A small preference file."""
+    world = data.toy_world()
+    pairs = [world.Records("train", "trace", 8, 3)[i] for i in range(8)]
+    path = Path(folder, "preferences.jsonl")
+    data.write_jsonl(path, [{**p, "chosen": p.pop("response"), "rejected": '{"winner":"Image 1"}'} for p in pairs])
+    return str(path)
+
+
+# ---------------------------------------------------------------- LoRA
+
+def judge_inputs(folder):
+    records = data.toy_world().Records("train", "trace", 3)
+    batch = data.encode(sft.load_processor(folder), list(records), [r["response"] for r in records])
+    batch.pop("labels")
+    return batch
+
+
+def test_lora_starts_as_the_base_and_merges_to_the_same(judge_folder):
+    model, batch = sft.AutoModelForImageTextToText.from_pretrained(judge_folder).eval(), judge_inputs(judge_folder)
+    with torch.no_grad():
+        base = model(**batch).logits
+        add_lora(model, 4, 8, r"(q|v|up)_proj$")
+        assert torch.equal(model(**batch).logits, base)
+        for layer in sft.lora_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B, std=.1)
+        adapted = model(**batch).logits
+        assert (adapted - base).abs().max() > .1
+        with adapters_off(model):
+            assert torch.equal(model(**batch).logits, base)
+        merge_lora(model)
+        assert not sft.lora_layers(model)
+        torch.testing.assert_close(model(**batch).logits, adapted, atol=1e-4, rtol=1e-4)
+
+
+def test_adapter_loads_in_peft_with_equal_logits(judge_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, batch = sft.AutoModelForImageTextToText.from_pretrained(judge_folder).eval(), judge_inputs(judge_folder)
+    add_lora(model, 4, 12, r"(q|v)_proj$")                                      # alpha differs from r
+    for layer in sft.lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=.1)
+    save_adapter(tmp_path, model)
+    theirs = peft.PeftModel.from_pretrained(sft.AutoModelForImageTextToText.from_pretrained(judge_folder), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**batch).logits, model(**batch).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_targets_that_match_nothing_are_refused(judge_folder):
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        add_lora(sft.AutoModelForImageTextToText.from_pretrained(judge_folder), 4, 4, "nowhere$")
+
+
+# ---------------------------------------------------------------- the losses
+
+def test_response_loss_is_cross_entropy_of_the_full_logits(judge_folder):
+    model = sft.AutoModelForImageTextToText.from_pretrained(judge_folder).eval()
+    records = data.toy_world().Records("train", "trace", 4)
+    batch = data.encode(sft.load_processor(judge_folder), list(records), [r["response"] for r in records])
+    with torch.no_grad():
+        loss = sft.response_loss(model, batch)
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(loss, expected)
+
+
+def test_velocity_is_the_direct_call(generator_folder):
+    """The driver's velocity at one noise level per sample equals a call of the transformer written out by hand."""
+    pipe = sft.load_pipeline(generator_folder, sft.start_ranks())
+    prompts, x, sigma = ["a red circle", "two blue stars"], torch.randn(2, 9, 32), torch.tensor([.3, .8])
+    v = velocity(pipe, x, sigma, prompt=prompts, **sft.TOY_PIPE_ARGS)
+    embeds, pooled, text_ids = pipe.encode_prompt(prompts, prompts, max_sequence_length=12)
+    direct = pipe.transformer(hidden_states=x, timestep=sigma, guidance=None, encoder_hidden_states=embeds, pooled_projections=pooled,
+                              txt_ids=text_ids, img_ids=pipe._prepare_latent_image_ids(2, 3, 3, "cpu", x.dtype)).sample
+    assert v.requires_grad and torch.equal(v, direct)
+
+
+def test_encode_images_gives_the_latents_that_the_pipeline_decodes(generator_folder):
+    pipe = sft.load_pipeline(generator_folder, sft.start_ranks())
+    world = data.toy_world()
+    image = world.Records("train", "image", 1)[0]["images"][0]
+    x = sft.encode_images(pipe, [image], height=48, width=48)
+    assert x.shape == (1, 9, 32)
+
+    def keep(i, latents, v):
+        return x
+    out = run(pipe, keep, prompt=["a red circle"], **{**sft.TOY_PIPE_ARGS, "num_inference_steps": 1}).images[0]
+    error = torch.tensor(list(image.tobytes())).float() - torch.tensor(list(out.tobytes())).float()
+    assert error.abs().mean() < 8                                               # of 255: what 32 components lose
+
+
+# ---------------------------------------------------------------- whole runs
+
+@pytest.mark.parametrize("task", ["judge", "generator"])
+def test_resumed_run_equals_the_uninterrupted_one(task, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    args = ["--task", task, "--max-steps", "4", "--save-every", "2", "--data-num", "40", "--out", out, "--seed", "5", *SMALL]
+    sft.main(args)
+    whole, log = weights(out, 4), rows(out)
+    import shutil
+    shutil.rmtree(Path(out, "step_000004"))                                     # as if it had been killed after step 2
+    sft.main([*args, "--resume"])
+    assert {k: torch.equal(v, weights(out, 4)[k]) for k, v in whole.items()} == dict.fromkeys(whole, True)
+    assert [(r["step"], r["loss"]) for r in rows(out)] == [(r["step"], r["loss"]) for r in log]
+    with pytest.raises(ValueError, match="other options: lr"):
+        sft.main([*args, "--resume", "--lr", "1"])
+
+
+def test_lora_run_writes_adapter_and_merged_model(judge_folder, tmp_path):
+    out = tmp_path / "run"
+    sft.main(["--model", judge_folder, "--lora-rank", "4", "--max-steps", "2", "--out", str(out), *SMALL])
+    assert (out / "adapter" / "adapter_model.safetensors").exists() and (out / "curves.png").exists() and (out / "verdict.png").exists()
+    assert sft.AutoModelForImageTextToText.from_pretrained(out / "model") is not None
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_generator_adapter_loads_in_diffusers_with_equal_images(generator_folder, tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "run"
+    sft.main(["--task", "generator", "--model", generator_folder, "--lora-rank", "4", "--lora-alpha", "8", "--lr", ".05", "--max-steps", "3",
+              "--data-num", "40", "--out", str(out), "--pipe-arg", *(f"{k}={v}" for k, v in sft.TOY_PIPE_ARGS.items()), *SMALL])
+    ask = dict(prompt="a red circle", output_type="np", **sft.TOY_PIPE_ARGS)
+    ours = sft.DiffusionPipeline.from_pretrained(out / "model")
+    theirs = sft.DiffusionPipeline.from_pretrained(generator_folder)
+    base = theirs(**ask, generator=generator(1)).images
+    theirs.load_lora_weights(str(out / "adapter"))
+    merged, loaded = ours(**ask, generator=generator(1)).images, theirs(**ask, generator=generator(1)).images
+    assert abs(merged - base).max() > .02 and abs(merged - loaded).max() < 2e-3
