@@ -130,10 +130,10 @@ def comparison(record, swap=False):
 
 # ---------------------------------------------------------------- batches
 
-def batch_indices(records, batch_size, step, seed, window=8):
+def batch_indices(records, batch_size, step, seed, window=1):
     """The `batch_size` record indices of global step `step`: a fresh order each epoch, a function of (seed, epoch) alone.
 
-    Within a window of steps records are grouped by length, which saves padding, and the window's batches are shuffled.
+    With a window of several steps, its records are grouped by length, which saves padding, and its batches are shuffled.
     """
     def order(epoch):
         return torch.randperm(len(records), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
@@ -143,7 +143,8 @@ def batch_indices(records, batch_size, step, seed, window=8):
     while len(out) < window * batch_size:
         epoch, start = divmod(position + len(out), len(records))
         out += order(epoch)[start:start + window * batch_size - len(out)]
-    out.sort(key=lambda i: response_length(records, i))
+    if window > 1:
+        out.sort(key=lambda i: response_length(records, i))
     places = torch.randperm(window, generator=torch.Generator().manual_seed(seed * 1_000_003 + first)).tolist()
     return out[places[place] * batch_size:][:batch_size]
 

@@ -154,7 +154,7 @@ def main(argv=None):
     for step in bar:
         began, sums = time.time(), {}
         lr = set_lr(optimizers, args.lr, step, args.warmup_steps, args.max_steps)
-        indices = batch_indices(records, per_step, step, args.seed)[ranks.rank::ranks.world]
+        indices = batch_indices(records, per_step, step, args.seed, window=8)[ranks.rank::ranks.world]
         for i in range(0, len(indices), args.batch_size):
             pairs = [records[k] for k in indices[i:i + args.batch_size]]
             responses = [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]

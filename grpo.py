@@ -42,6 +42,7 @@ def parse_args(argv=None):
     # generator
     add("--pipe-arg", type=pipe_arg, nargs="*", default=[], help="key=value for the pipeline's call, as height=512 num_inference_steps=15")
     add("--group-size", type=int, default=8, help="G, images per prompt")
+    add("--shared-noise", action=flag, default=True, help="a group starts from one initial noise and differs by the sampler's noise alone")
     add("--eta", type=float, default=.7, help="noise level of the stochastic sampler")
     add("--sde-steps", type=int, default=3, help="the first so many sampling steps are stochastic and trained, the rest follow the ODE")
     # reward
@@ -103,9 +104,10 @@ def log_prob(x, mean, std):
 
 
 def rollout(pipe, prompts, seeds, args, **kwargs):
-    """(images, trajectory) of B prompts: x (S+1 tensors of B latents), means and noise of the stochastic steps, sigmas.
+    """(images, trajectory) of B prompts: x (S tensors of B latents), means and noise of the steps, sigmas (S+1,).
 
-    Image b's first latents and noise are functions of seeds[b] alone.
+    Image b's first latents and noise are functions of seeds[b] = (..., group, member) alone; with --shared-noise the first latents
+    are the same for all members, so that whatever sets a group's images apart is noise the policy is trained on.
     """
     xs, means, noises = [], [], []
 
@@ -118,7 +120,7 @@ def rollout(pipe, prompts, seeds, args, **kwargs):
         noises.append(noise)
         return (mean + std * noise).to(x.dtype)
 
-    generators = [generator(*seed) for seed in seeds]
+    generators = [generator(*(seed[:-1] if args.shared_noise else seed)) for seed in seeds]
     images = run(pipe, visit, prompt=prompts, generator=generators, **kwargs).images
     return images, dict(x=xs, means=means, noises=noises, sigmas=pipe.scheduler.sigmas.to(xs[0].device))
 

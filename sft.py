@@ -308,8 +308,10 @@ def draw_curves(rows, names, path, width=420, height=240):
         panel = Image.new("RGB", (width, height), "white")
         draw, left, top, right, bottom = ImageDraw.Draw(panel), 58, 26, width - 12, height - 26
         xs, ys = zip(*points)
-        low, high = min(ys), max(ys)
-        high = high if high > low else low + 1e-9
+        log = min(ys) > 0 and max(ys) > 30 * min(ys)
+        labels = (max(ys), min(ys))
+        ys = [math.log(y) for y in ys] if log else ys
+        low, high = min(ys), max(max(ys), min(ys) + 1e-9)
         place = lambda x, y: (left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left), bottom - (y - low) / (high - low) * (bottom - top))
         mean, smooth, span = ys[0], [], max(len(ys) / 40, 1)
         for y in ys:
@@ -318,7 +320,7 @@ def draw_curves(rows, names, path, width=420, height=240):
         draw.line([place(x, y) for x, y in points], fill=(205, 205, 205))
         draw.line([place(x, y) for x, y in zip(xs, smooth)], fill=(40, 90, 210), width=2)
         draw.rectangle([left, top, right, bottom], outline=(150, 150, 150))
-        for text, at in ((name, (left, 6)), (f"{high:.3g}", (6, top - 6)), (f"{low:.3g}", (6, bottom - 8)),
+        for text, at in ((name + " (log)" * log, (left, 6)), (f"{labels[0]:.3g}", (6, top - 6)), (f"{labels[1]:.3g}", (6, bottom - 8)),
                          (f"step {xs[-1]}", (right - 60, bottom + 6))):
             draw.text(at, text, fill="black", font=font)
         panels.append(panel)
@@ -344,7 +346,7 @@ def draw_grid(rows, path, zoom=2, gap=2, titles=()):
 
 def draw_verdict(images, texts, path, side=240):
     """A PNG with a pair of images on the left and one column per text beside them."""
-    font = ImageFont.load_default(13)
+    font, texts = ImageFont.load_default(13), [t.translate(dict.fromkeys(map(ord, "│├└─"), " ")) for t in texts]    # it has no such glyphs
     boxes = [ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), t, font=font) for t in texts]
     height = max([side * len(images) + 30] + [int(b[3]) + 20 for b in boxes])
     sheet = Image.new("RGB", (side + 40 + sum(int(b[2]) + 30 for b in boxes), height), "white")
@@ -569,7 +571,7 @@ def response_loss(model, batch):
 
 class Judge:
     """Any image-text-to-text model of transformers, on trace records."""
-    adapter_layout, curves = (), ["loss", "grad_norm", "lr"]
+    window, adapter_layout, curves = 8, (), ["loss", "grad_norm", "lr"]
 
     def __init__(self, args, ranks):
         if args.model == "toy":
@@ -646,7 +648,7 @@ def encode_images(pipe, images, **size):
 
 class Generator:
     """A diffusers flow-matching pipeline, on captioned images. Latents are made once, before training."""
-    curves, adapter_layout = ["loss", "grad_norm", "lr"], ("transformer.", "pytorch_lora_weights.safetensors")
+    window, curves, adapter_layout = 1, ["loss", "grad_norm", "lr"], ("transformer.", "pytorch_lora_weights.safetensors")
 
     def __init__(self, args, ranks):
         if args.model == "toy":
@@ -724,7 +726,7 @@ def main(argv=None):
     for step in bar:
         began = time.time()
         lr = set_lr(optimizers, args.lr, step, args.warmup_steps, args.max_steps)
-        indices = batch_indices(task.records, per_step, step, args.seed)[ranks.rank::ranks.world]
+        indices = batch_indices(task.records, per_step, step, args.seed, task.window)[ranks.rank::ranks.world]
         batches = [task.batch(indices[i:i + args.batch_size], step) for i in range(0, len(indices), args.batch_size)]
         num_targets = total(sum(n for _, n in batches), ranks)                  # of the whole global batch
         loss = 0.0

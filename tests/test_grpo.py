@@ -19,7 +19,7 @@ def pipe(generator_folder):
     return sft.load_pipeline(generator_folder, sft.start_ranks())
 
 
-ARGS = SimpleNamespace(eta=.7, sde_steps=3, clip_range=1e-3, ratio_norm=False, kl=0.0)
+ARGS = SimpleNamespace(shared_noise=False, eta=.7, sde_steps=3, clip_range=1e-3, ratio_norm=False, kl=0.0)
 PROMPTS = ["a red circle", "a blue star above a green square"]
 SEEDS = [(0, 1), (0, 2)]
 
@@ -50,6 +50,13 @@ def test_image_is_a_function_of_its_prompt_and_seed(pipe):
     one, _ = grpo.rollout(pipe, PROMPTS[1:], SEEDS[1:], ARGS, output_type="pt", **TOY_PIPE_ARGS)
     torch.testing.assert_close(both[1:], one)
     assert not torch.allclose(both[0], both[1])
+
+
+def test_shared_noise_is_shared_by_a_group_only(pipe):
+    args = SimpleNamespace(**{**vars(ARGS), "shared_noise": True})
+    x = grpo.rollout(pipe, PROMPTS[:1] * 3, [(0, 1), (0, 2), (1, 1)], args, **TOY_PIPE_ARGS)[1]["x"]
+    assert torch.equal(x[0][0], x[0][1]) and not torch.equal(x[0][0], x[0][2])      # the same start,
+    assert not torch.equal(x[1][0], x[1][1])                                        # other ways
 
 
 @pytest.mark.parametrize("ratio_norm", [False, True])

@@ -314,7 +314,7 @@ class Records:
 
     split  train: prompts that are trained on; val, test: held-out prompts; scenes: trained prompts in scenes of their own
     kind   trace: the imperfect teacher's verdict as "response"; pair: people's label alone, hard ones often; caption: one image described;
-           image: a captioned picture for the base generator, a tenth of them faulty, a tenth of poor looks; prompt: only the prompt
+           image: a captioned picture for the base generator, 30 % of them faulty, 5 % of poor looks; prompt: only the prompt
     """
 
     def __init__(self, split, kind, num, seed=0):
@@ -341,7 +341,7 @@ class Records:
             return record
         if self.kind in ("caption", "image"):
             base = self.kind == "image"
-            scene = sample_scene(prompt, rng, int(rng.random() < .1) if base else None, defects=rng.random() < .1 if base else True)
+            scene = sample_scene(prompt, rng, int(rng.random() < .3) if base else None, defects=rng.random() < .05 if base else True)
             record["images"] = [render(prompt, scene)]
             if not base:
                 record.update(instruction=f"Describe for: {prompt['text']}", response=caption(prompt, scene))
