@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from reward import Comparison, build_messages, parse_verdict
+from reward import Comparison, build_messages, chat_text, parse_verdict
 
 FIELDS = {"pair": ["winner"], "trace": ["response"], "preference": ["chosen", "rejected"], "prompt": [], "image": []}
 WINNERS = {"Image 1": 1, "Image 2": 2, "Video 1": 1, "Video 2": 2, "Tie": 0}
@@ -171,7 +171,7 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
             messages = [{"role": "user", "content": [{"type": "image"} for _ in media] + [text]}]
         else:
             messages, media = build_messages(comparison(record), template)
-        texts.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        texts.append(chat_text(processor, messages))
         images.append(media)
         token = getattr(processor, "image_token", None)
         if token and (texts[-1].count(token) != len(media) or token in response):

@@ -37,7 +37,7 @@ def parse_args(argv=None):
     add("--data-num", type=int, default=4000, help="toy prompts to draw from")
     add("--eval-data", default="toy:test", help="prompts that are not trained on")
     add("--eval-num", type=int, default=1024, help="samples of the evaluations before and after")
-    add("--eval-every", type=int, default=10, help="steps between small evaluations; 0: only before and after")
+    add("--eval-every", type=int, default=16, help="steps between small evaluations; 0: only before and after")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
     # generator
     add("--pipe-arg", type=pipe_arg, nargs="*", default=[], help="key=value for the pipeline's call, as height=512 num_inference_steps=15")
@@ -48,6 +48,7 @@ def parse_args(argv=None):
     # reward
     add("--pairs", default="ring:2", help="who meets whom in a group: all, or ring:K, each image meets its next K on a random ring")
     add("--alpha", type=float, default=.7, help="weight of the category side against the overall side")
+    add("--std-floor", type=float, default=.2, help="least std that win rates are divided by, so that a nearly dead group stays quiet; paper: 0")
     add("--adv-clip", type=float, default=5.0, help="advantages are clipped to plus and minus this")
     add("--max-parse-fail", type=float, default=.5, help="stop when a larger share of a step's verdicts is undecided")
     add("--max-new-tokens", type=int, default=256, help="longest verdict; real judges need about 2048")
@@ -59,13 +60,13 @@ def parse_args(argv=None):
     # loss
     add("--clip-range", type=float, default=1e-3, help="the ratio is clipped to 1 plus and minus this")
     add("--ratio-norm", action=flag, default=True, help="GRPO-Guard's ratio, equally spread at all steps")
-    add("--kl", type=float, default=0.0, help="weight of the KL divergence to the generator without adapters")
+    add("--kl", type=float, default=.03, help="weight of the KL divergence to the generator without adapters")
     # optim
     add("--optim", choices=["adamw", "muon"], default="adamw")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--weight-decay", type=float, default=0.0)
-    add("--warmup-steps", type=int, default=5)
-    add("--max-steps", type=int, default=60, help="rollouts, each followed by one optimizer step")
+    add("--warmup-steps", type=int, default=10)
+    add("--max-steps", type=int, default=64, help="rollouts, each followed by one optimizer step")
     add("--batch-size", type=int, default=12, help="prompts per rank per rollout call and micro-step")
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
     add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
@@ -200,7 +201,7 @@ def judge_groups(judge, prompts, groups, args, rng):
     for pairs in schedules:
         mine, verdicts = verdicts[:len(pairs)], verdicts[len(pairs):]
         rates.append(win_rates(pairs, mine, args.group_size))
-        advantages.append(group_advantages(rates[-1], args.alpha))
+        advantages.append(group_advantages(rates[-1], args.alpha, std_floor=args.std_floor))
     advantages = torch.stack(advantages).float().clamp(-args.adv_clip, args.adv_clip)
     bad = [t for t in texts if parse_verdict(t).winner is None]
     counts = {"verdicts": len(texts), "undecided": len(bad), "ties": sum(r.num_ties for r in rates),
@@ -235,8 +236,6 @@ def main(argv=None):
     for module in modules:
         replicate(module, ranks)
     optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
-    first = load_checkpoint(args.out, params, optimizers, vars(args), ranks) if args.resume else 0
-    log = Log(args.out, vars(args), ranks, first)
     per_step = args.batch_size * args.accumulation * ranks.world                # prompts
     num_images = per_step * args.group_size
     pipe_args = dict(autocast=torch.bfloat16 if args.bf16 else None, **args.pipe_arg)
@@ -251,7 +250,20 @@ def main(argv=None):
         images = [image for _, image in pairs]
         return (toy_truth(held_out, images) if toy else {}), images, held_out
 
+    def win_rate_over(images, others, prompts):
+        """The judge's share of wins of `images` over `others`, shown in random order: the reward as it looks on held-out prompts."""
+        mine, rng = range(ranks.rank, len(images), ranks.world), random.Random(args.seed)
+        flips = {i: rng.random() < .5 for i in range(len(images))}
+        verdicts = [parse_verdict(t).winner for t in judge([
+            Comparison(prompts[i]["prompt"], *([[others[i]], [images[i]]] if flips[i] else [[images[i]], [others[i]]])) for i in mine])]
+        wins = [.5 if w == 0 else float((w == 2) == flips[i]) for i, w in zip(mine, verdicts) if w is not None]
+        return total(sum(wins), ranks) / max(total(len(wins), ranks), 1)
+
     before, images_before, held_out = evaluate(args.eval_num, 7)
+    num_watched = min(args.eval_num, 192)
+    base_images = evaluate(num_watched, 5)[1] if args.eval_every and args.eval_every <= args.max_steps else []
+    first = load_checkpoint(args.out, params, optimizers, vars(args), ranks) if args.resume else 0
+    log = Log(args.out, vars(args), ranks, first)
     if ranks.rank == 0:
         print(f"{sum(p.numel() for p in params.values()) / 1e6:.2f}M trained parameters, judge {judge_path}; a step: {num_images} images "
               f"= {args.batch_size} prompts x {args.group_size} images x {args.accumulation} accumulated x {ranks.world} ranks", flush=True)
@@ -295,8 +307,8 @@ def main(argv=None):
         if step == first and ranks.rank == 0:
             print(f"max |ratio - 1| at the first update: {worst:.3g}", flush=True)
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            found, images, prompts = evaluate(min(args.eval_num, 192), 5)
-            row.update({f"held_out_{k}": v for k, v in found.items()})
+            found, images, prompts = evaluate(num_watched, 5)
+            row.update({f"held_out_{k}": v for k, v in found.items()}, held_out_win_rate=win_rate_over(images, base_images, prompts))
         log.write(step=step + 1, **row, lr=lr, grad_norm=grad_norm, **{f"{k}_s": v for k, v in spent.items()}, peak_gib=peak_gib())
         bar.set_postfix(ties=f"{row['ties']:.2f}", kl=f"{row['kl']:.3g}", true=row.get("held_out_true", ""))
         if step + 1 in (1, args.max_steps) or (step + 1) % args.save_every == 0:
@@ -308,7 +320,7 @@ def main(argv=None):
             save_adapter(Path(args.out, "adapter"), module, "transformer.", "pytorch_lora_weights.safetensors")
             merge_lora(module)
         save_pipeline(pipe, Path(args.out, "model"))
-        draw_curves(log.rows, ["held_out_true", "ties", "dead_groups", "kl", "grad_norm", "clip_fraction"], Path(args.out, "curves.png"))
+        draw_curves(log.rows, ["held_out_win_rate", "held_out_true", "held_out_cast", "kl", "ties", "grad_norm"], Path(args.out, "curves.png"))
         rows = [row for i in range(0, 48, 12) for row in (images_before[i:i + 12], images_after[i:i + 12])]
         draw_grid(rows, Path(args.out, "before_after.png"))
         print(f"{len(images_after)} held-out samples    before    after")

@@ -32,9 +32,11 @@ import shutil
 import subprocess
 from typing import NamedTuple
 
+import diffusers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -49,6 +51,9 @@ class Ranks(NamedTuple):
 
 def start_ranks():
     """Join torchrun's process group (NCCL on GPUs, gloo on CPUs), or be the only rank."""
+    for library in (transformers, diffusers):                                   # their notices drown the numbers
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     torch.set_flush_denormal(True)                                              # sharp attention is full of them; a CPU crawls
     local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -532,8 +537,8 @@ def parse_args(argv=None):
     add("--lr", type=float, help="peak learning rate  [judge 2e-3, generator 4e-3]")
     add("--weight-decay", type=float, default=.01)
     add("--warmup-steps", type=int, default=60)
-    add("--max-steps", type=int, help="optimizer steps  [judge 850, generator 640]")
-    add("--batch-size", type=int, help="records per rank per micro-step  [judge 32, generator 64]")
+    add("--max-steps", type=int, help="optimizer steps  [judge 850, generator 750]")
+    add("--batch-size", type=int, help="records per rank per micro-step  [judge 32, generator 128]")
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
     add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
     # run
@@ -546,7 +551,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
     judge = args.task == "judge"
-    defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=850 if judge else 640, batch_size=32 if judge else 64, eval_num=600 if judge else 256,
+    defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=850 if judge else 750, batch_size=32 if judge else 128, eval_num=600 if judge else 256,
                     out=f"out/{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
                     max_new_tokens=256 if args.model == "toy" else 2048)
     for name, value in defaults.items():
@@ -623,7 +628,7 @@ def load_pipeline(path, ranks):
     if index.exists() and "toy_models" in index.read_text():                   # its codec is a class of ours, imported before
         toy_world()
         import toy_models                                                       # noqa: F401
-    return prepare_pipeline(DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32), ranks)
+    return prepare_pipeline(DiffusionPipeline.from_pretrained(path), ranks)
 
 
 def prepare_pipeline(pipe, ranks):

@@ -106,7 +106,7 @@ def test_judge_groups_counts_and_stays_within_groups():
         return [GOOD.replace("Image 1", f"Image {w}").replace('_1":7', f'_1":{7 if w == 1 else 3}')
                 .replace('_2":3', f'_2":{3 if w == 1 else 7}') for w in better]
     import random
-    args = SimpleNamespace(group_size=3, pairs="all", alpha=.7, adv_clip=5.0)
+    args = SimpleNamespace(group_size=3, pairs="all", alpha=.7, std_floor=0.0, adv_clip=5.0)
     advantages, counts, bad = grpo.judge_groups(judge, ["a", "b"], groups, args, random.Random(0))
     torch.testing.assert_close(advantages, torch.tensor([[-1., 1., 0.], [1., -1., 0.]]))
     assert counts["verdicts"] == 6 and counts["undecided"] == counts["ties"] == counts["dead"] == 0 and not bad
@@ -128,7 +128,7 @@ def fake_verdicts(monkeypatch):
 @pytest.mark.parametrize("lora", ["0", "4"])
 def test_run_resumes_exactly_and_starts_at_ratio_1(lora, generator_folder, judge_folder, tmp_path, monkeypatch, capsys):
     fake_verdicts(monkeypatch)
-    out, args = tmp_path / "run", ["--lora-rank", lora, "--max-steps", "4", "--save-every", "2", "--lr", "1e-3"]
+    out, args = tmp_path / "run", ["--lora-rank", lora, "--kl", "0", "--max-steps", "4", "--save-every", "2", "--lr", "1e-3"]
     run_grpo(generator_folder, judge_folder, out, *args)
     log, whole = rows(out), weights(out, 4)
     assert log[0]["max_ratio_error"] == 0 and "max |ratio - 1| at the first update: 0" in capsys.readouterr().out
