@@ -85,11 +85,25 @@ def toy_world():
     return toy_world
 
 
+def toy_models():
+    """The module tests/toy_models.py, makers of the tiny models."""
+    toy_world()
+    import toy_models
+    return toy_models
+
+
+def know_toy_classes(path):
+    """Import the codec that a toy pipeline's folder names; from_pretrained wants it imported before. Other folders need nothing."""
+    index = Path(path, "model_index.json")
+    if index.exists() and '"toy_models"' in index.read_text():
+        toy_models()
+
+
 def open_records(source, kind, num=None, seed=0, skip_bad=False):
-    """A sequence of records: `toy:SPLIT` (train, val, test, scenes) makes `num` of them, a file gives all (or the first `num`)."""
+    """A sequence of records: `toy:SPLIT` (train, val, test, scenes) makes `num` of them, a file gives all it has."""
     if source.split(":")[0] == "toy":
         return toy_world().Records(source.partition(":")[2] or "train", kind, num, seed)
-    return read_records(source, kind, skip_bad)[:num]
+    return read_records(source, kind, skip_bad)
 
 
 def write_jsonl(path, records):
@@ -99,14 +113,15 @@ def write_jsonl(path, records):
     with open(path, "w") as file:
         for i, record in enumerate(records):
             media = []
-            for k, item in enumerate(record["images"]):
+            name = "videos" if "videos" in record else "images"
+            for k, item in enumerate(record[name]):
                 if isinstance(item, Image.Image):
                     media.append(f"images/{i:06d}_{k + 1}.png")
                     item.save(path.parent / media[-1])
                 else:
                     media.append(str(Path(item).resolve()))
             row = {k: v for k, v in record.items() if k not in ("where", "toy_prompt")}
-            file.write(json.dumps({**row, "images": media}) + "\n")
+            file.write(json.dumps({**row, name: media}) + "\n")
 
 
 def load_media(item, num_frames=8):
@@ -236,11 +251,12 @@ def main(argv=None):
     parser.add_argument("command", choices=["check"])
     parser.add_argument("file", help="a JSONL file of records")
     args = parser.parse_args(argv)
-    first = next((line for line in Path(args.file).read_text().splitlines() if line.strip()), "{}")
-    kind = next((k for k in ("preference", "trace", "pair") if all(f'"{name}"' in first for name in FIELDS[k])), "image")
     try:
+        text = Path(args.file).read_text()
+        kind = next((k for k in ("preference", "trace", "pair") if all(f'"{name}"' in text for name in FIELDS[k])),
+                    "image" if '"images"' in text else "prompt")
         records = read_records(args.file, kind)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     print(f"{args.file}: {len(records)} {kind} records, all well formed")
 

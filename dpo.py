@@ -99,17 +99,18 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 def sample_preferences(args, judge, ranks):
     """The preference records of --data. Pairs are sampled for, split over the ranks, and kept in --out/preferences.jsonl."""
     path = Path(args.out, "preferences.jsonl")
-    if Path(args.data).suffix == ".jsonl" and '"chosen"' in Path(args.data).read_text().partition("\n")[0]:
+    if Path(args.data).is_file() and '"chosen"' in Path(args.data).read_text().partition("\n")[0]:
         return read_records(args.data, "preference", args.skip_bad)
     if not args.resume:
         torch.manual_seed(args.seed + ranks.rank)
         pairs = open_records(args.data, "pair", args.data_num, args.seed, args.skip_bad)
-        mine = [pairs[i] for i in range(ranks.rank, len(pairs), ranks.world)]
+        chosen = random.Random(args.seed).sample(range(len(pairs)), min(len(pairs), args.data_num))
+        mine = [pairs[i] for i in chosen[ranks.rank::ranks.world]]
         found, counts = build_preferences(judge, mine, args.num_traces, args.temperature, progress=ranks.rank == 0)
         counts = {k: int(total(v, ranks)) for k, v in counts.items()}
         found = gather(found, ranks)
         if ranks.rank == 0:
-            print(f"{args.num_traces} traces for each of {len(pairs)} pairs: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
+            print(f"{args.num_traces} traces for each of {len(chosen)} pairs: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
             write_jsonl(path, found)
         gather([], ranks)                                                       # the file is there
     return read_records(path, "preference")
@@ -129,7 +130,7 @@ def main(argv=None):
                           dtype=torch.bfloat16 if args.bf16 else None)
 
     held_out = open_records(args.eval_data, "pair", args.eval_num, 1) if ranks.rank == 0 else []
-    held_out = [held_out[i] for i in range(min(args.eval_num, len(held_out)))]
+    held_out = [held_out[i] for i in range(min(len(held_out), args.eval_num))]
     labels = [WINNERS[p["winner"]] for p in held_out]
 
     def evaluate():
@@ -179,7 +180,7 @@ def main(argv=None):
 
     if ranks.rank == 0:
         if args.lora_rank:
-            save_adapter(Path(args.out, "adapter"), model)
+            save_adapter(Path(args.out, "adapter"), {"base_model.model.": model})
             merge_lora(model)
         model.save_pretrained(Path(args.out, "model"))
         processor.save_pretrained(Path(args.out, "model"))

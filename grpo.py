@@ -9,21 +9,21 @@ clipped objective of Flow-GRPO (arXiv 2505.05470). The reference for the KL term
 Legend: P prompts, G images per prompt, B = P G images, S sampling steps, C H W latent (or tokens).
 """
 import argparse
-import contextlib
 import math
 import random
 import time
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from tqdm import tqdm
 
-from data import batch_indices, open_records
+from data import batch_indices, know_toy_classes, open_records, toy_models, toy_world
 from reward import Comparison, LocalJudge, find_judge, group_advantages, parse_verdict, schedule_pairs, win_rates
 # toolbox and driver from sft.py; paste those blocks here to stand alone
 from sft import (Done, Log, add_lora, adapters_off, denoisers, draw_curves, draw_grid, gather, generator, has_bf16, load_checkpoint, load_pipeline,
-                 lora_layers, make_optimizers, merge_lora, optimizer_step, peak_gib, pipe_arg, replicate, run, sample_images, save_adapter,
-                 save_checkpoint, save_pipeline, seeded_noise, set_lr, start_ranks, total, toy_truth, trainable, TOY_PIPE_ARGS)
+                 make_optimizers, merge_lora, optimizer_step, peak_gib, pipe_arg, replicate, run, sample_images, save_adapter,
+                 save_checkpoint, save_pipeline, seeded_noise, set_lr, start_ranks, total, trainable)
 
 
 def parse_args(argv=None):
@@ -58,9 +58,9 @@ def parse_args(argv=None):
     add("--lora-targets", default=r"blocks\.\d+\..*(to_(q|k|v|out\.0)|add_(q|k|v)_proj|to_add_out|proj_mlp|proj_out|net\.(0\.proj|2))$",
         help="regex on the names of linear layers")
     # loss
-    add("--clip-range", type=float, default=1e-3, help="the ratio is clipped to 1 plus and minus this")
+    add("--clip-range", type=float, default=1e-3, help="the ratio is clipped to 1 plus and minus this; with one update a rollout it is 1 and nothing is")
     add("--ratio-norm", action=flag, default=True, help="GRPO-Guard's ratio, equally spread at all steps")
-    add("--kl", type=float, default=.03, help="weight of the KL divergence to the generator without adapters")
+    add("--kl", type=float, default=.03, help="weight of the KL divergence to the generator without adapters; not divided by |dt|, as the ratio's term is")
     # optim
     add("--optim", choices=["adamw", "muon"], default="adamw")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
@@ -80,7 +80,7 @@ def parse_args(argv=None):
     args.pipe_arg = dict(args.pipe_arg)
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
     if args.kl and not args.lora_rank:
-        parser.error("--kl needs adapters, whose absence is the reference: pass --lora-rank")
+        parser.error("--kl needs adapters, whose absence is the reference: pass --lora-rank, or --kl 0")
     return args
 
 
@@ -113,6 +113,8 @@ def rollout(pipe, prompts, seeds, args, **kwargs):
     xs, means, noises = [], [], []
 
     def visit(i, x, v):
+        if args.sde_steps >= len(pipe.scheduler.sigmas) - 1:
+            raise ValueError(f"--sde-steps {args.sde_steps} leaves no deterministic last step of {len(pipe.scheduler.sigmas) - 1}")
         eta = args.eta if i < args.sde_steps else 0.0
         mean, std = transition(pipe.scheduler.sigmas, i, x, v, eta)
         noise = torch.stack([seeded_noise(x.shape[1:], *seed, i) for seed in seeds]).to(mean) if eta else torch.zeros_like(mean)
@@ -189,21 +191,22 @@ def accumulate_gradients(pipe, trajectory, advantages, args, scale, **kwargs):
 
 # ---------------------------------------------------------------- the reward
 
-def judge_groups(judge, prompts, groups, args, rng):
-    """(advantages (P, G), counts) of P groups of images: every scheduled pair is judged, in one batch, and each group is scored.
+def judge_groups(judge, prompts, groups, rngs, args):
+    """(advantages (P, G), counts, an undecided text or none) of P groups of images: each group's pairs, scheduled by its own rng,
+    are judged in one batch with the others' and the group is scored. Undecided verdicts count for nobody.
 
-    Undecided verdicts count for nobody. counts: verdicts, undecided, ties, first_wins, decided, dead (groups without a signal).
+    counts: verdicts, undecided, ties, first_wins, decided, dead (groups without a signal).
     """
-    schedules = [schedule_pairs(args.group_size, args.pairs, rng) for _ in prompts]
+    schedules = [schedule_pairs(args.group_size, args.pairs, rng) for rng in rngs]
     comparisons = [Comparison(p, [g[i]], [g[j]]) for p, g, pairs in zip(prompts, groups, schedules) for i, j in pairs]
     texts = judge(comparisons)
     verdicts, advantages, rates = [parse_verdict(t) for t in texts], [], []
+    bad = [v.text for v in verdicts if v.winner is None]
     for pairs in schedules:
         mine, verdicts = verdicts[:len(pairs)], verdicts[len(pairs):]
         rates.append(win_rates(pairs, mine, args.group_size))
         advantages.append(group_advantages(rates[-1], args.alpha, std_floor=args.std_floor))
     advantages = torch.stack(advantages).float().clamp(-args.adv_clip, args.adv_clip)
-    bad = [t for t in texts if parse_verdict(t).winner is None]
     counts = {"verdicts": len(texts), "undecided": len(bad), "ties": sum(r.num_ties for r in rates),
               "first_wins": sum(r.first_position_wins for r in rates), "decided": sum(r.num_decided for r in rates),
               "dead": int((advantages == 0).all(1).sum())}
@@ -218,22 +221,22 @@ def main(argv=None):
         if folder.startswith("out/") and not Path(folder).exists():
             raise SystemExit(f"{folder} is not there yet. Make it first: {command}")
     try:
-        judge_path = args.judge or str(find_judge())
+        args.judge = args.judge or str(find_judge())
     except ValueError as error:
         raise SystemExit(f"grpo.py: {error}") from None
     torch.manual_seed(args.seed)
-    judge = LocalJudge(judge_path, batch_size=256, max_new_tokens=args.max_new_tokens, dtype=torch.bfloat16 if has_bf16() else None)
-    pipe = load_pipeline(args.model, ranks)
+    judge = LocalJudge(args.judge, batch_size=256, max_new_tokens=args.max_new_tokens, dtype=torch.bfloat16 if has_bf16() else None)
+    know_toy_classes(args.model)
+    pipe = load_pipeline(args.model, ranks.device)
     records = open_records(args.data, "prompt", args.data_num, args.seed, args.skip_bad)
-    toy = args.data.split(":")[0] == "toy"
-    if toy:
-        args.pipe_arg = {**TOY_PIPE_ARGS, **args.pipe_arg}
-    modules = list(denoisers(pipe).values())
+    if args.data.split(":")[0] == "toy":
+        args.pipe_arg = {**toy_models().PIPE_ARGS, **args.pipe_arg}
+    modules = {f"{name}.": module for name, module in denoisers(pipe).items()}
     if args.lora_rank:
-        for module in modules:
+        for module in modules.values():
             add_lora(module, args.lora_rank, args.lora_alpha, args.lora_targets)
-    params = {f"{i}.{n}": p for i, module in enumerate(modules) for n, p in trainable(module).items()}
-    for module in modules:
+    params = {prefix + name: p for prefix, module in modules.items() for name, p in trainable(module).items()}
+    for module in modules.values():
         replicate(module, ranks)
     optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
     per_step = args.batch_size * args.accumulation * ranks.world                # prompts
@@ -241,14 +244,14 @@ def main(argv=None):
     pipe_args = dict(autocast=torch.bfloat16 if args.bf16 else None, **args.pipe_arg)
 
     def evaluate(num, seed):
-        """(numbers, images) of `num` fresh samples of held-out prompts by the ODE, the work split over ranks; seed picks prompts and noise."""
+        """(numbers, images, records) of `num` samples of held-out prompts by the ODE, the work split over ranks; noise depends on seed."""
         held_out = open_records(args.eval_data, "prompt", num, seed)
-        held_out = [held_out[i] for i in range(min(num, len(held_out)))]
+        held_out = [held_out[i] for i in range(min(len(held_out), num))]
         mine = list(range(ranks.rank, len(held_out), ranks.world))
         images = sample_images(pipe, [held_out[i]["prompt"] for i in mine], [seed * 1_000_003 + i for i in mine], 128, **pipe_args)
         pairs = sorted(gather(zip(mine, images), ranks), key=lambda pair: pair[0])
         images = [image for _, image in pairs]
-        return (toy_truth(held_out, images) if toy else {}), images, held_out
+        return (toy_world().truth(held_out, images) if "toy_prompt" in held_out[0] else {}), images, held_out
 
     def win_rate_over(images, others, prompts):
         """The judge's share of wins of `images` over `others`, shown in random order: the reward as it looks on held-out prompts."""
@@ -265,7 +268,7 @@ def main(argv=None):
     first = load_checkpoint(args.out, params, optimizers, vars(args), ranks) if args.resume else 0
     log = Log(args.out, vars(args), ranks, first)
     if ranks.rank == 0:
-        print(f"{sum(p.numel() for p in params.values()) / 1e6:.2f}M trained parameters, judge {judge_path}; a step: {num_images} images "
+        print(f"{sum(p.numel() for p in params.values()) / 1e6:.2f}M trained parameters, judge {args.judge}; a step: {num_images} images "
               f"= {args.batch_size} prompts x {args.group_size} images x {args.accumulation} accumulated x {ranks.world} ranks", flush=True)
     bar = tqdm(range(first, args.max_steps), initial=first, total=args.max_steps, disable=ranks.rank > 0)
     for step in bar:
@@ -284,8 +287,8 @@ def main(argv=None):
         for mine, prompts, images, trajectory in rollouts:
             G = args.group_size
             groups = [images[i:i + G] for i in range(0, len(images), G)]
-            advantages, found, bad = judge_groups(judge, prompts[::G], groups, args, random.Random(f"{args.seed} {step} {mine}"))
-            batches.append((prompts, trajectory, advantages.flatten().to(ranks.device)))
+            advantages, found, bad = judge_groups(judge, prompts[::G], groups, [random.Random(f"{args.seed} {step} {i}") for i in mine], args)
+            batches.append((prompts, trajectory, rearrange(advantages, "p g -> (p g)").to(ranks.device)))
             counts = {k: counts.get(k, 0) + v for k, v in found.items()}
             examples += bad
         counts = {k: total(v, ranks) for k, v in counts.items()}
@@ -316,12 +319,13 @@ def main(argv=None):
 
     after, images_after, _ = evaluate(args.eval_num, 7)
     if ranks.rank == 0:
-        for module in modules if args.lora_rank else []:
-            save_adapter(Path(args.out, "adapter"), module, "transformer.", "pytorch_lora_weights.safetensors")
+        if args.lora_rank:
+            save_adapter(Path(args.out, "adapter"), modules, "pytorch_lora_weights.safetensors")
+        for module in modules.values():
             merge_lora(module)
         save_pipeline(pipe, Path(args.out, "model"))
         draw_curves(log.rows, ["held_out_win_rate", "held_out_true", "held_out_cast", "kl", "ties", "grad_norm"], Path(args.out, "curves.png"))
-        rows = [row for i in range(0, 48, 12) for row in (images_before[i:i + 12], images_after[i:i + 12])]
+        rows = [row for i in range(0, min(len(images_after), 48), 12) for row in (images_before[i:i + 12], images_after[i:i + 12])]
         draw_grid(rows, Path(args.out, "before_after.png"))
         print(f"{len(images_after)} held-out samples    before    after")
         for name, value in before.items():

@@ -13,11 +13,10 @@ import random
 import time
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
-from data import batch_indices, comparison, encode, load_media, open_records, toy_world, WINNERS
+from data import batch_indices, comparison, encode, know_toy_classes, load_media, open_records, toy_models, toy_world, WINNERS
 from reward import LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_processor
 
 # ================================================================================================ toolbox
@@ -30,6 +29,7 @@ import re
 import resource
 import shutil
 import subprocess
+from datetime import timedelta
 from typing import NamedTuple
 
 import diffusers
@@ -60,7 +60,7 @@ def start_ranks():
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))     # rank 0 may judge while others wait
     return Ranks(*((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)), device)
 
 
@@ -168,25 +168,26 @@ def adapters_off(*models):
             layer.enabled = True
 
 
-def save_adapter(folder, model, prefix="base_model.model.", filename="adapter_model.safetensors"):
-    """Write adapters for PEFT (the default), or, with prefix "transformer.", for diffusers' load_lora_weights.
+def save_adapter(folder, modules, filename="adapter_model.safetensors"):
+    """Write the adapters of {prefix of the names: module} in the layout of PEFT ("base_model.model.") or diffusers ("transformer.").
 
     alpha / r is folded into B and alpha = r is written, since readers disagree about alpha and silently halve the strength.
     """
     os.makedirs(folder, exist_ok=True)
-    layers, tensors = lora_layers(model), {}
+    layers, tensors = {f"{prefix}{name}": layer for prefix, m in modules.items() for name, layer in lora_layers(m).items()}, {}
     for name, layer in layers.items():
-        tensors[f"{prefix}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"{prefix}{name}.lora_B.weight"] = (layer.lora_B.detach() * layer.scale).cpu().contiguous()
+        tensors[f"{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
+        tensors[f"{name}.lora_B.weight"] = (layer.lora_B.detach() * layer.scale).cpu().contiguous()
     save_file(tensors, os.path.join(folder, filename), metadata={"format": "pt"})
     rank = next(iter(layers.values())).rank
     with open(os.path.join(folder, "adapter_config.json"), "w") as file:
-        json.dump({"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(layers), "bias": "none"}, file, indent=1)
+        json.dump({"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none",
+                   "target_modules": sorted(name.removeprefix("base_model.model.") for name in layers)}, file, indent=1)
 
 
 def has_bf16():
     """Whether this machine multiplies in bfloat16 natively: a GPU, or a CPU that says so."""
-    return torch.cuda.is_available() or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def peak_gib():
@@ -210,9 +211,9 @@ def make_optimizers(params, kind, lr, weight_decay):
     return out
 
 
-def set_lr(optimizers, lr, step, warmup, max_steps, end=.02):
-    """Linear warm-up over `warmup` steps, then a cosine from `lr` to `end * lr` at max_steps; returns the value set."""
-    lr *= min(1, (step + 1) / max(warmup, 1)) * (end + (1 - end) * (.5 + .5 * math.cos(math.pi * min(1, step / max_steps))))
+def set_lr(optimizers, lr, step, warmup, max_steps):
+    """Linear warm-up over `warmup` steps times a cosine from `lr` to 2 % of it at max_steps; returns the value set."""
+    lr *= min(1, (step + 1) / max(warmup, 1)) * (.02 + .98 * (.5 + .5 * math.cos(math.pi * min(1, step / max_steps))))
     for group in [g for o in optimizers for g in o.param_groups]:
         group["lr"] = lr
     return lr
@@ -269,10 +270,11 @@ def load_checkpoint(run, params, optimizers, args, ranks):
         for name, p in params.items():
             p.copy_(weights[name])
     state = torch.load(os.path.join(folder, "state.pt"), map_location=ranks.device, weights_only=True)
+    if len(state["rng"]) != ranks.world:
+        raise ValueError(f"--resume: {folder} was made by {len(state['rng'])} ranks, these are {ranks.world}: start as many")
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    if len(state["rng"]) == ranks.world:
-        torch.set_rng_state(state["rng"][ranks.rank].cpu())
+    torch.set_rng_state(state["rng"][ranks.rank].cpu())
     return state["step"]
 
 
@@ -288,6 +290,9 @@ class Log:
             with open(self.path) as file:
                 self.rows = [row for row in map(json.loads, file) if row.get("step", 0) <= resumed_step]
         else:
+            for old in (f for f in os.listdir(run) if f.startswith("step_")):   # of an earlier run, which --resume would take for ours
+                print(f"{run}/{old} of an earlier run is removed")
+                shutil.rmtree(os.path.join(run, old))
             commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
             name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
             self.rows = [{"args": args, "torch": torch.__version__, "device": name, "ranks": ranks.world, "commit": commit}]
@@ -411,13 +416,13 @@ class Tap:
         return SchedulerOutput(prev_sample=x) if kwargs.get("return_dict", True) else (x,)
 
 
-def install(pipe, cache_size=512):
+def install(pipe, cache_size=8):
     """Tap the pipeline's scheduler, initial latents and prompt encoder (memoised: the newest `cache_size` calls). Once a pipeline."""
     tap = vars(pipe)["scheduler"] = Tap(pipe.scheduler)                         # setattr would write it into model_index.json
-    prepare, encode_prompt, cache = pipe.prepare_latents, pipe.encode_prompt, {}
+    stock_latents, encode_prompt, cache = pipe.prepare_latents, pipe.encode_prompt, {}
 
     def prepare_latents(*args, **kwargs):
-        out = prepare(*args, **kwargs)
+        out = stock_latents(*args, **kwargs)
         if tap.x is None:
             return out
         return (tap.x, *out[1:]) if isinstance(out, tuple) else tap.x
@@ -464,6 +469,23 @@ def velocity(pipe, x, sigma, grad=True, **kwargs):
         raise Done
     run(pipe, visit, x=x, grid=torch.stack([sigma, torch.zeros_like(sigma)]), grad=grad, **{**kwargs, "num_inference_steps": 1})
     return seen[0]
+
+
+def prepare(pipe, device):
+    """The pipeline on its device with the driver installed, everything frozen but its denoisers."""
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            module.requires_grad_(False).eval()
+    for module in denoisers(pipe).values():
+        module.requires_grad_(True)
+        if device.type == "cpu":
+            module.set_attention_backend("_native_math")                        # faster for a handful of tokens
+    return install(pipe.to(device))
+
+
+def load_pipeline(path, device):
+    """The diffusers pipeline in a folder or hub repository, prepared."""
+    return prepare(diffusers.DiffusionPipeline.from_pretrained(path), device)
 
 
 def denoisers(pipe):
@@ -576,14 +598,12 @@ def response_loss(model, batch):
 
 class Judge:
     """Any image-text-to-text model of transformers, on trace records."""
-    window, adapter_layout, curves = 8, (), ["loss", "grad_norm", "lr"]
+    window, adapter_file, curves = 8, "adapter_model.safetensors", ["loss", "grad_norm", "lr"]
 
     def __init__(self, args, ranks):
         if args.model == "toy":
-            toy_world()
-            import toy_models
-            self.model, self.processor = toy_models.make_judge(args.seed)
-            self.template = toy_models.INSTRUCTION
+            self.model, self.processor = toy_models().make_judge(args.seed)
+            self.template = toy_models().INSTRUCTION
         else:
             self.model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32)
             self.processor, kept = load_processor(args.model), Path(args.model, "template.txt")
@@ -591,7 +611,7 @@ class Judge:
         if args.template:
             self.template = Path(args.template).read_text()
         self.model.to(ranks.device).set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
-        self.modules, self.args, self.device = [self.model], args, ranks.device
+        self.modules, self.args, self.device = {"base_model.model.": self.model}, args, ranks.device
         self.records = open_records(args.data, "trace", args.max_steps * args.batch_size * args.accumulation * ranks.world, args.seed,
                                     args.skip_bad)
 
@@ -606,7 +626,8 @@ class Judge:
 
     def evaluate(self, out):
         """Numbers on held-out pairs, and verdict.png: one verdict next to its two images."""
-        pairs = [open_records(self.args.eval_data, "pair", self.args.eval_num, 1)[i] for i in range(self.args.eval_num)]
+        pairs = open_records(self.args.eval_data, "pair", self.args.eval_num, 1)
+        pairs = [pairs[i] for i in range(min(len(pairs), self.args.eval_num))]
         judge = LocalJudge(model=self.model, processor=self.processor, template=self.template, batch_size=200,
                            dtype=torch.bfloat16 if self.args.bf16 else None, max_new_tokens=self.args.max_new_tokens)
         result = evaluate_judge(judge, [comparison(p) for p in pairs], [WINNERS[p["winner"]] for p in pairs], random.Random(0))
@@ -622,26 +643,6 @@ class Judge:
 
 # ---------------------------------------------------------------- the generator: flow matching
 
-def load_pipeline(path, ranks):
-    """The diffusers pipeline of a folder or hub id with the driver installed, all frozen but its denoisers."""
-    index = Path(path, "model_index.json")
-    if index.exists() and "toy_models" in index.read_text():                   # its codec is a class of ours, imported before
-        toy_world()
-        import toy_models                                                       # noqa: F401
-    return prepare_pipeline(DiffusionPipeline.from_pretrained(path), ranks)
-
-
-def prepare_pipeline(pipe, ranks):
-    for module in pipe.components.values():
-        if isinstance(module, nn.Module):
-            module.requires_grad_(False).eval()
-    for module in denoisers(pipe).values():
-        module.requires_grad_(True)
-        if ranks.device.type == "cpu":
-            module.set_attention_backend("_native_math")                        # faster for a handful of tokens
-    return install(pipe.to(ranks.device))
-
-
 @torch.no_grad()
 def encode_images(pipe, images, **size):
     """Clean latents of PIL images in the shape the pipeline denoises: the VAE's mean, scaled, and packed where the pipeline packs."""
@@ -653,17 +654,16 @@ def encode_images(pipe, images, **size):
 
 class Generator:
     """A diffusers flow-matching pipeline, on captioned images. Latents are made once, before training."""
-    window, curves, adapter_layout = 1, ["loss", "grad_norm", "lr"], ("transformer.", "pytorch_lora_weights.safetensors")
+    window, adapter_file, curves = 1, "pytorch_lora_weights.safetensors", ["loss", "grad_norm", "lr"]
 
     def __init__(self, args, ranks):
         if args.model == "toy":
-            toy_world()
-            import toy_models
-            self.pipe = prepare_pipeline(toy_models.make_generator(args.seed), ranks)
-            args.pipe_arg = {**TOY_PIPE_ARGS, **args.pipe_arg}
+            self.pipe = prepare(toy_models().make_generator(args.seed), ranks.device)
+            args.pipe_arg = {**toy_models().PIPE_ARGS, **args.pipe_arg}
         else:
-            self.pipe = load_pipeline(args.model, ranks)
-        self.modules, self.args = list(denoisers(self.pipe).values()), args
+            know_toy_classes(args.model)
+            self.pipe = load_pipeline(args.model, ranks.device)
+        self.modules, self.args = {f"{name}.": module for name, module in denoisers(self.pipe).items()}, args
         self.records = open_records(args.data, "image", args.data_num, args.seed, args.skip_bad)
         self.records = [self.records[i] for i in range(len(self.records))]
         size = {k: v for k, v in args.pipe_arg.items() if k in ("height", "width")}
@@ -689,22 +689,11 @@ class Generator:
         prompts = open_records(self.args.eval_data, "prompt", self.args.eval_num, 1)
         prompts = [prompts[i] for i in range(min(len(prompts), self.args.eval_num))]
         images = sample_images(self.pipe, [p["prompt"] for p in prompts], range(len(prompts)), **self.args.pipe_arg)
-        draw_grid([images[i:i + 8] for i in range(0, 64, 8)], out / "samples.png")
-        return toy_truth(prompts, images) if "toy_prompt" in prompts[0] else {}
+        draw_grid([images[i:i + 8] for i in range(0, min(len(images), 64), 8)], out / "samples.png")
+        return toy_world().truth(prompts, images) if "toy_prompt" in prompts[0] else {}
 
     def save(self, folder):
         save_pipeline(self.pipe, folder)
-
-
-TOY_PIPE_ARGS = dict(height=48, width=48, max_sequence_length=12, num_inference_steps=10)
-
-
-def toy_truth(prompts, images):
-    """What the pixel oracle measures: the share of true images, by type of prompt too, and picture_stats."""
-    world = toy_world()
-    true = [world.success(p["toy_prompt"], image) for p, image in zip(prompts, images)]
-    by_type = {f"true_{t}": [ok for ok, p in zip(true, prompts) if p["type"] == t] for t in sorted({p["type"] for p in prompts})}
-    return {"true": sum(true) / len(true), **{k: sum(v) / len(v) for k, v in by_type.items()}, **world.picture_stats(images)}
 
 
 # ---------------------------------------------------------------- the loop
@@ -714,10 +703,10 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     task = Judge(args, ranks) if args.task == "judge" else Generator(args, ranks)
     if args.lora_rank:
-        for module in task.modules:
+        for module in task.modules.values():
             add_lora(module, args.lora_rank, args.lora_alpha, args.lora_targets)
-    params = {f"{i}.{n}": p for i, module in enumerate(task.modules) for n, p in trainable(module).items()}
-    for module in task.modules:
+    params = {prefix + name: p for prefix, module in task.modules.items() for name, p in trainable(module).items()}
+    for module in task.modules.values():
         replicate(module.train(), ranks)
     optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
     first = load_checkpoint(args.out, params, optimizers, vars(args), ranks) if args.resume else 0
@@ -749,11 +738,10 @@ def main(argv=None):
             save_checkpoint(args.out, step + 1, params, optimizers, vars(args), ranks)
 
     if ranks.rank == 0:
-        for module in task.modules:
-            if args.lora_rank:
-                save_adapter(Path(args.out, "adapter"), module, *task.adapter_layout)
-                merge_lora(module)
-            module.eval()
+        if args.lora_rank:
+            save_adapter(Path(args.out, "adapter"), task.modules, task.adapter_file)
+        for module in task.modules.values():
+            merge_lora(module.eval())
         task.save(Path(args.out, "model"))
         draw_curves(log.rows, task.curves, Path(args.out, "curves.png"))
         result = task.evaluate(Path(args.out))

@@ -10,13 +10,14 @@ from torch.distributions import Normal
 
 import grpo
 import sft
-from sft import TOY_PIPE_ARGS, generator
+from sft import generator
 from test_sft import GRPO, rows, weights
+from toy_models import PIPE_ARGS
 
 
 @pytest.fixture(scope="module")
 def pipe(generator_folder):
-    return sft.load_pipeline(generator_folder, sft.start_ranks())
+    return sft.load_pipeline(generator_folder, torch.device("cpu"))
 
 
 ARGS = SimpleNamespace(shared_noise=False, eta=.7, sde_steps=3, clip_range=1e-3, ratio_norm=False, kl=0.0)
@@ -39,22 +40,22 @@ def test_transition_is_the_flow_sde_worked_by_hand():
 
 def test_eta_0_is_the_stock_euler_sampler_bit_for_bit(pipe):
     args = SimpleNamespace(**{**vars(ARGS), "eta": 0.0})
-    ours, trajectory = grpo.rollout(pipe, PROMPTS, SEEDS, args, output_type="pt", **TOY_PIPE_ARGS)
-    stock = sft.run(pipe, prompt=PROMPTS, generator=[generator(*s) for s in SEEDS], output_type="pt", **TOY_PIPE_ARGS).images
+    ours, trajectory = grpo.rollout(pipe, PROMPTS, SEEDS, args, output_type="pt", **PIPE_ARGS)
+    stock = sft.run(pipe, prompt=PROMPTS, generator=[generator(*s) for s in SEEDS], output_type="pt", **PIPE_ARGS).images
     assert torch.equal(ours, stock) and ours.std() > .01
     assert len(trajectory["x"]) == 10
 
 
 def test_image_is_a_function_of_its_prompt_and_seed(pipe):
-    both, _ = grpo.rollout(pipe, PROMPTS, SEEDS, ARGS, output_type="pt", **TOY_PIPE_ARGS)
-    one, _ = grpo.rollout(pipe, PROMPTS[1:], SEEDS[1:], ARGS, output_type="pt", **TOY_PIPE_ARGS)
+    both, _ = grpo.rollout(pipe, PROMPTS, SEEDS, ARGS, output_type="pt", **PIPE_ARGS)
+    one, _ = grpo.rollout(pipe, PROMPTS[1:], SEEDS[1:], ARGS, output_type="pt", **PIPE_ARGS)
     torch.testing.assert_close(both[1:], one)
     assert not torch.allclose(both[0], both[1])
 
 
 def test_shared_noise_is_shared_by_a_group_only(pipe):
     args = SimpleNamespace(**{**vars(ARGS), "shared_noise": True})
-    x = grpo.rollout(pipe, PROMPTS[:1] * 3, [(0, 1), (0, 2), (1, 1)], args, **TOY_PIPE_ARGS)[1]["x"]
+    x = grpo.rollout(pipe, PROMPTS[:1] * 3, [(0, 1), (0, 2), (1, 1)], args, **PIPE_ARGS)[1]["x"]
     assert torch.equal(x[0][0], x[0][1]) and not torch.equal(x[0][0], x[0][2])      # the same start,
     assert not torch.equal(x[1][0], x[1][1])                                        # other ways
 
@@ -63,16 +64,16 @@ def test_shared_noise_is_shared_by_a_group_only(pipe):
 def test_first_update_has_ratio_1_and_the_policy_gradient(pipe, ratio_norm):
     """max |ratio - 1| is 0 before any update, and the gradient is that of -A mean log-prob, written out by hand."""
     args = SimpleNamespace(**{**vars(ARGS), "ratio_norm": ratio_norm})
-    _, trajectory = grpo.rollout(pipe, PROMPTS, SEEDS, args, **TOY_PIPE_ARGS)
+    _, trajectory = grpo.rollout(pipe, PROMPTS, SEEDS, args, **PIPE_ARGS)
     advantages = torch.tensor([1., -.5])
     pipe.transformer.zero_grad()
-    stats = grpo.accumulate_gradients(pipe, trajectory, advantages, args, 1 / 2, prompt=PROMPTS, **TOY_PIPE_ARGS)
+    stats = grpo.accumulate_gradients(pipe, trajectory, advantages, args, 1 / 2, prompt=PROMPTS, **PIPE_ARGS)
     assert stats["max_ratio_error"] == 0 and stats["clip_fraction"] == 0
     ours = {n: p.grad.clone() for n, p in pipe.transformer.named_parameters()}
     pipe.transformer.zero_grad()
     sigmas = trajectory["sigmas"]
     for i in range(3):
-        v = sft.velocity(pipe, trajectory["x"][i], sigmas[i], prompt=PROMPTS, **TOY_PIPE_ARGS)
+        v = sft.velocity(pipe, trajectory["x"][i], sigmas[i], prompt=PROMPTS, **PIPE_ARGS)
         mean, std = grpo.transition(sigmas, i, trajectory["x"][i], v, .7)
         logp = Normal(mean, std).log_prob(trajectory["x"][i + 1]).mean((1, 2))
         scale = std / (sigmas[i] - sigmas[i + 1]) if ratio_norm else 1.0
@@ -107,10 +108,10 @@ def test_judge_groups_counts_and_stays_within_groups():
                 .replace('_2":3', f'_2":{3 if w == 1 else 7}') for w in better]
     import random
     args = SimpleNamespace(group_size=3, pairs="all", alpha=.7, std_floor=0.0, adv_clip=5.0)
-    advantages, counts, bad = grpo.judge_groups(judge, ["a", "b"], groups, args, random.Random(0))
+    advantages, counts, bad = grpo.judge_groups(judge, ["a", "b"], groups, [random.Random(0)] * 2, args)
     torch.testing.assert_close(advantages, torch.tensor([[-1., 1., 0.], [1., -1., 0.]]))
     assert counts["verdicts"] == 6 and counts["undecided"] == counts["ties"] == counts["dead"] == 0 and not bad
-    advantages, counts, bad = grpo.judge_groups(lambda c: ["?"] * len(c), ["a", "b"], groups, args, random.Random(0))
+    advantages, counts, bad = grpo.judge_groups(lambda c: ["?"] * len(c), ["a", "b"], groups, [random.Random(0)] * 2, args)
     assert counts["undecided"] == 6 and counts["dead"] == 2 and advantages.eq(0).all() and bad == ["?"]
 
 

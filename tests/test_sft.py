@@ -15,6 +15,7 @@ import dpo
 import grpo
 import sft
 from conftest import ROOT
+from toy_models import PIPE_ARGS
 from sft import Done, add_lora, adapters_off, generator, merge_lora, run, save_adapter, velocity
 
 SMALL = ["--batch-size", "4", "--eval-num", "4", "--max-new-tokens", "8", "--warmup-steps", "1"]
@@ -63,11 +64,7 @@ def test_driver_needs_only_the_toolbox():
 def test_pasted_blocks_replace_the_import(stage, tmp_path, judge_folder, generator_folder):
     source = (ROOT / f"{stage}.py").read_text()
     pasted = re.sub(r"from sft import \([^)]*\)\n", lambda _: block("toolbox") + block("driver"), source)
-    names = {a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module == "sft" for a in n.names}
-    judge_bits = {"load_pipeline", "toy_truth", "TOY_PIPE_ARGS"} & names      # the generator's own helpers stay imported
-    if judge_bits:
-        pasted = pasted.replace("\ndef parse_args", f"\nfrom sft import {', '.join(sorted(judge_bits))}\n\n\ndef parse_args", 1)
-    assert "from sft import" not in pasted or judge_bits
+    assert "from sft import" in source and "from sft import" not in pasted
     (tmp_path / f"pasted_{stage}.py").write_text(pasted)
     namespace = {"__name__": f"pasted_{stage}", "__file__": str(ROOT / f"{stage}.py")}
     exec(compile(pasted, f"pasted_{stage}.py", "exec"), namespace)
@@ -124,7 +121,7 @@ def test_adapter_loads_in_peft_with_equal_logits(judge_folder, tmp_path):
     add_lora(model, 4, 12, r"(q|v)_proj$")                                      # alpha differs from r
     for layer in sft.lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=.1)
-    save_adapter(tmp_path, model)
+    save_adapter(tmp_path, {"base_model.model.": model})
     theirs = peft.PeftModel.from_pretrained(sft.AutoModelForImageTextToText.from_pretrained(judge_folder), tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(**batch).logits, model(**batch).logits, atol=1e-4, rtol=1e-4)
@@ -150,9 +147,9 @@ def test_response_loss_is_cross_entropy_of_the_full_logits(judge_folder):
 
 def test_velocity_is_the_direct_call(generator_folder):
     """The driver's velocity at one noise level per sample equals a call of the transformer written out by hand."""
-    pipe = sft.load_pipeline(generator_folder, sft.start_ranks())
+    pipe = sft.load_pipeline(generator_folder, torch.device("cpu"))
     prompts, x, sigma = ["a red circle", "two blue stars"], torch.randn(2, 9, 32), torch.tensor([.3, .8])
-    v = velocity(pipe, x, sigma, prompt=prompts, **sft.TOY_PIPE_ARGS)
+    v = velocity(pipe, x, sigma, prompt=prompts, **PIPE_ARGS)
     embeds, pooled, text_ids = pipe.encode_prompt(prompts, prompts, max_sequence_length=12)
     direct = pipe.transformer(hidden_states=x, timestep=sigma, guidance=None, encoder_hidden_states=embeds, pooled_projections=pooled,
                               txt_ids=text_ids, img_ids=pipe._prepare_latent_image_ids(2, 3, 3, "cpu", x.dtype)).sample
@@ -160,7 +157,7 @@ def test_velocity_is_the_direct_call(generator_folder):
 
 
 def test_encode_images_gives_the_latents_that_the_pipeline_decodes(generator_folder):
-    pipe = sft.load_pipeline(generator_folder, sft.start_ranks())
+    pipe = sft.load_pipeline(generator_folder, torch.device("cpu"))
     world = data.toy_world()
     image = world.Records("train", "image", 1)[0]["images"][0]
     x = sft.encode_images(pipe, [image], height=48, width=48)
@@ -168,7 +165,7 @@ def test_encode_images_gives_the_latents_that_the_pipeline_decodes(generator_fol
 
     def keep(i, latents, v):
         return x
-    out = run(pipe, keep, prompt=["a red circle"], **{**sft.TOY_PIPE_ARGS, "num_inference_steps": 1}).images[0]
+    out = run(pipe, keep, prompt=["a red circle"], **{**PIPE_ARGS, "num_inference_steps": 1}).images[0]
     error = torch.tensor(list(image.tobytes())).float() - torch.tensor(list(out.tobytes())).float()
     assert error.abs().mean() < 8                                               # of 255: what 32 components lose
 
@@ -202,10 +199,10 @@ def test_generator_adapter_loads_in_diffusers_with_equal_images(generator_folder
     pytest.importorskip("peft")
     out = tmp_path / "run"
     sft.main(["--task", "generator", "--model", generator_folder, "--lora-rank", "4", "--lora-alpha", "8", "--lr", ".05", "--max-steps", "3",
-              "--data-num", "40", "--out", str(out), "--pipe-arg", *(f"{k}={v}" for k, v in sft.TOY_PIPE_ARGS.items()), *SMALL])
-    ask = dict(prompt="a red circle", output_type="np", **sft.TOY_PIPE_ARGS)
-    ours = sft.DiffusionPipeline.from_pretrained(out / "model")
-    theirs = sft.DiffusionPipeline.from_pretrained(generator_folder)
+              "--data-num", "40", "--out", str(out), "--pipe-arg", *(f"{k}={v}" for k, v in PIPE_ARGS.items()), *SMALL])
+    ask = dict(prompt="a red circle", output_type="np", **PIPE_ARGS)
+    ours = sft.diffusers.DiffusionPipeline.from_pretrained(out / "model")
+    theirs = sft.diffusers.DiffusionPipeline.from_pretrained(generator_folder)
     base = theirs(**ask, generator=generator(1)).images
     theirs.load_lora_weights(str(out / "adapter"))
     merged, loaded = ours(**ask, generator=generator(1)).images, theirs(**ask, generator=generator(1)).images

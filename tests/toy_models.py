@@ -110,6 +110,7 @@ class PatchCodec(ModelMixin, ConfigMixin):
 
 
 MAX_WORDS = 12
+PIPE_ARGS = dict(height=48, width=48, max_sequence_length=MAX_WORDS, num_inference_steps=10)
 
 
 def make_word_tokenizer():

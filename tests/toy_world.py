@@ -476,3 +476,10 @@ def picture_stats(images):
         rows.append([np.ptp(ground), medians.std(0).mean(), grain.mean() if grain.size else 0,
                      np.percentile(np.abs(np.diff(x, axis=0)).max(-1), 98)])
     return dict(zip(("cast", "tiles", "noise", "edge"), np.mean(rows, 0).round(2).tolist()))
+
+
+def truth(records, images):
+    """What the oracle measures on samples of prompt records: the share of true ones, by type too, and picture_stats."""
+    true = [success(r["toy_prompt"], image) for r, image in zip(records, images)]
+    by_type = {kind: [ok for ok, r in zip(true, records) if r["type"] == kind] for kind in KINDS}
+    return {"true": sum(true) / len(true), **{f"true_{k}": sum(v) / len(v) for k, v in by_type.items() if v}, **picture_stats(images)}
