@@ -1,5 +1,4 @@
 """The DPO loss, the log-probabilities under it, the ranking of traces, whole runs."""
-import json
 import math
 import shutil
 from pathlib import Path

@@ -1,7 +1,6 @@
 """The stochastic sampler, the objective, the reward of a group, whole runs."""
-import json
+import random
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,11 +30,11 @@ def test_log_prob_is_the_normal_density():
 
 
 def test_transition_is_the_flow_sde_worked_by_hand():
-    """sigma .5 -> .4, eta .7: s^2 = .49, dt = -.1, mean = x (1 - .049) - .12250001 * .1 ... with x = 1, v = 2."""
+    """sigma .5 -> .4, eta .7: s^2 = .49 * .5 / .5, dt = -.1; x = 1, v = 2: mean .951 - 2 * 1.245 * .1 = .702, std sqrt(.049)."""
     sigmas, x, v = torch.tensor([.6, .5, .4]), torch.ones(1, 1), 2 * torch.ones(1, 1)
     mean, std = grpo.transition(sigmas, 1, x, v, .7)
-    torch.testing.assert_close(mean, torch.tensor([[1 * (1 + .49 / 1 * -.1) + 2 * (1 + .49 * .5 / 1) * -.1]]))
-    torch.testing.assert_close(std, torch.tensor((.49 * .1) ** .5))
+    torch.testing.assert_close(mean, torch.tensor([[.702]]))
+    torch.testing.assert_close(std, torch.tensor(.2213594))
 
 
 def test_eta_0_is_the_stock_euler_sampler_bit_for_bit(pipe):
@@ -106,7 +105,6 @@ def test_judge_groups_counts_and_stays_within_groups():
         better = [1 if c.media_1[0].getpixel((0, 0)) > c.media_2[0].getpixel((0, 0)) else 2 for c in comparisons]
         return [GOOD.replace("Image 1", f"Image {w}").replace('_1":7', f'_1":{7 if w == 1 else 3}')
                 .replace('_2":3', f'_2":{3 if w == 1 else 7}') for w in better]
-    import random
     args = SimpleNamespace(group_size=3, pairs="all", alpha=.7, std_floor=0.0, adv_clip=5.0)
     advantages, counts, bad = grpo.judge_groups(judge, ["a", "b"], groups, [random.Random(0)] * 2, args)
     torch.testing.assert_close(advantages, torch.tensor([[-1., 1., 0.], [1., -1., 0.]]))

@@ -1,13 +1,9 @@
 """torchrun on the CPU: two ranks equal one rank with twice the accumulation, for all three stages."""
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from conftest import ROOT
 from test_sft import preferences, rows, weights

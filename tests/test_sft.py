@@ -1,5 +1,4 @@
 """The toolbox, the driver and supervised fine-tuning."""
-import ast
 import builtins
 import json
 import re
@@ -11,12 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import dpo
-import grpo
 import sft
 from conftest import ROOT
 from toy_models import PIPE_ARGS
-from sft import Done, add_lora, adapters_off, generator, merge_lora, run, save_adapter, velocity
+from sft import add_lora, adapters_off, generator, merge_lora, run, save_adapter, velocity
 
 SMALL = ["--batch-size", "4", "--eval-num", "4", "--max-new-tokens", "8", "--warmup-steps", "1"]
 
