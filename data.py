@@ -8,7 +8,7 @@ A file holds one JSON object a line. Paths in it are relative to the file.
     preference   {"prompt", "images", "chosen", "rejected"}           two verdicts on the same pair
     prompt       {"prompt"}                                           for generators; a .txt file with one prompt a line as well
     image        {"prompt", "images": [one]}                          a captioned image for a base generator
-A video is a folder of frames. Legend: B records, T tokens.
+A video is an mp4, a GIF or a folder of frames. Legend: B records, T tokens.
 """
 import argparse
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from reward import Comparison, build_messages, chat_text, parse_verdict
+from reward import Comparison, build_messages, chat_text, load_media, parse_verdict
 
 FIELDS = {"pair": ["winner"], "trace": ["response"], "preference": ["chosen", "rejected"], "prompt": [], "image": []}
 WINNERS = {"Image 1": 1, "Image 2": 2, "Video 1": 1, "Video 2": 2, "Tie": 0}
@@ -124,19 +124,6 @@ def write_jsonl(path, records):
             file.write(json.dumps({**row, name: media}) + "\n")
 
 
-def load_media(item, num_frames=8):
-    """A list of PIL RGB images: one for an image, `num_frames` sampled uniformly for a folder of frames."""
-    if isinstance(item, Image.Image):
-        return [item]
-    path = Path(item)
-    frames = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if not frames:
-        raise ValueError(f"{path} holds no frames (png, jpg or webp).")
-    if len(frames) > num_frames:
-        frames = [frames[round(i * (len(frames) - 1) / (num_frames - 1))] for i in range(num_frames)]
-    return [Image.open(f).convert("RGB") for f in frames]
-
-
 def comparison(record, swap=False):
     """The record as a judge sees it; `swap` shows the second image first."""
     media = [load_media(m) for m in record.get("videos") or record["images"]]
@@ -159,16 +146,9 @@ def batch_indices(records, batch_size, step, seed, window=1):
         epoch, start = divmod(position + len(out), len(records))
         out += order(epoch)[start:start + window * batch_size - len(out)]
     if window > 1:
-        out.sort(key=lambda i: response_length(records, i))
+        out.sort(key=lambda i: sum(len(v) for v in records[i].values() if isinstance(v, str)))
     places = torch.randperm(window, generator=torch.Generator().manual_seed(seed * 1_000_003 + first)).tolist()
     return out[places[place] * batch_size:][:batch_size]
-
-
-def response_length(records, i):
-    """A number that grows with the length of record i, without making its images."""
-    if isinstance(records, list):
-        return sum(len(v) for v in records[i].values() if isinstance(v, str))
-    return records.length(i)
 
 
 def encode(processor, records, responses, template=None, max_tokens=8192):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
@@ -125,19 +126,17 @@ def main(argv=None):
     model.set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
     processor, kept = load_processor(args.model), Path(args.template or Path(args.model, "template.txt"))
     template = kept.read_text() if args.template or kept.exists() else TEMPLATE
-    def new_judge():
-        return LocalJudge(model=model, processor=processor, template=template, batch_size=200, max_new_tokens=args.max_new_tokens,
-                          dtype=torch.bfloat16 if args.bf16 else None)
-
+    judge = LocalJudge(model=model, processor=processor, template=template, batch_size=200, max_new_tokens=args.max_new_tokens,
+                       dtype=torch.bfloat16 if args.bf16 else None)
     held_out = open_records(args.eval_data, "pair", args.eval_num, 1) if ranks.rank == 0 else []
     held_out = [held_out[i] for i in range(min(len(held_out), args.eval_num))]
     labels = [WINNERS[p["winner"]] for p in held_out]
 
     def evaluate():
-        return evaluate_judge(new_judge(), [comparison(p) for p in held_out], labels, random.Random(0))
+        return evaluate_judge(judge, [comparison(p) for p in held_out], labels, random.Random(0))
 
     before = evaluate() if ranks.rank == 0 else None
-    records = sample_preferences(args, new_judge(), ranks)
+    records = sample_preferences(args, judge, ranks)
     reference = None if args.lora_rank else copy.deepcopy(model).requires_grad_(False).eval()
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets)
@@ -164,7 +163,7 @@ def main(argv=None):
                 with torch.no_grad(), contextlib.nullcontext() if reference else adapters_off(model):
                     ref_logps, _ = response_logps(reference or model, batch)    # (2B,)
                 logps, lengths = response_logps(model, batch)
-            (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), ref_logps.chunk(2)
+            (chosen, rejected), (ref_chosen, ref_rejected) = (rearrange(x, "(two b) -> two b", two=2) for x in (logps, ref_logps))
             losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
             (losses.sum() / per_step).backward()
             for name, value in {"loss": losses, "nll": -chosen / lengths.chunk(2)[0], "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,

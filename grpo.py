@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from tqdm import tqdm
 
 from data import batch_indices, know_toy_classes, open_records, toy_models, toy_world
-from reward import Comparison, LocalJudge, find_judge, group_advantages, parse_verdict, schedule_pairs, win_rates
+from reward import (Comparison, blend_advantages, find_judge, group_advantages, normalize, open_judge, open_rewards, parse_verdict, reward_values,
+                    schedule_pairs, win_rates)
 # toolbox and driver from sft.py; paste those blocks here to stand alone
-from sft import (Done, Log, add_lora, adapters_off, denoisers, draw_curves, draw_grid, gather, generator, has_bf16, load_checkpoint, load_pipeline,
+from sft import (Done, Log, add_lora, adapters_off, denoisers, draw_curves, draw_grid, gather, generator, load_checkpoint, load_pipeline,
                  make_optimizers, merge_lora, optimizer_step, peak_gib, pipe_arg, replicate, run, sample_images, save_adapter,
                  save_checkpoint, save_pipeline, seeded_noise, set_lr, start_ranks, total, trainable)
 
@@ -31,7 +31,7 @@ def parse_args(argv=None):
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     # model
     add("--model", default="out/generator-sft/model", help="folder or hub id of the diffusers pipeline to improve")
-    add("--judge", help="folder or hub id of the judge  [the newest of out/judge-dpo/model and out/judge-sft/model]")
+    add("--judge", help="folder, hub id or URLs of the judge  [the newest of out/judge-dpo/model and out/judge-sft/model]")
     # data
     add("--data", default="toy", help="prompts: a text file, one a line, or JSONL; toy: made as needed")
     add("--data-num", type=int, default=4000, help="toy prompts to draw from")
@@ -46,8 +46,12 @@ def parse_args(argv=None):
     add("--eta", type=float, default=.7, help="noise level of the stochastic sampler")
     add("--sde-steps", type=int, default=3, help="the first so many sampling steps are stochastic and trained, the rest follow the ODE")
     # reward
+    add("--reward", default="flex", help="what rewards: flex (the verdicts), score, clip, FILE.py:function, or a sum as flex:0.7,clip:0.3")
     add("--pairs", default="ring:2", help="who meets whom in a group: all, or ring:K, each image meets its next K on a random ring")
+    add("--both-orders", action=flag, default=False, help="ask every pair in both orders")
     add("--alpha", type=float, default=.7, help="weight of the category side against the overall side")
+    add("--category-weights", type=float, nargs="+", default=[1, 1, 1],
+        help="of the anchors A B C in the category side; a fourth counts what the judge adds; paper: equal, original FLUX script: 1 .7 .7")
     add("--std-floor", type=float, default=.2, help="least std that win rates are divided by, so that a nearly dead group stays quiet; paper: 0")
     add("--adv-clip", type=float, default=5.0, help="advantages are clipped to plus and minus this")
     add("--max-parse-fail", type=float, default=.5, help="stop when a larger share of a step's verdicts is undecided")
@@ -191,25 +195,30 @@ def accumulate_gradients(pipe, trajectory, advantages, args, scale, **kwargs):
 
 # ---------------------------------------------------------------- the reward
 
-def judge_groups(judge, prompts, groups, rngs, args):
-    """(advantages (P, G), counts, an undecided text or none) of P groups of images: each group's pairs, scheduled by its own rng,
-    are judged in one batch with the others' and the group is scored. Undecided verdicts count for nobody.
+def judge_groups(judge, rewards, prompts, images, rngs, args):
+    """(advantages (B,), counts, an undecided text or none) of B = P G images, G of a prompt in a row. Each group's pairs are scheduled
+    by its own rng and all are judged in one batch; undecided verdicts count for nobody. Further rewards are normalised inside their
+    group and blended in by weight.
 
-    counts: verdicts, undecided, ties, first_wins, decided, dead (groups without a signal).
+    counts: verdicts, undecided, ties, first_wins, decided, dead (groups without a signal), and the sums of further rewards.
     """
-    schedules = [schedule_pairs(args.group_size, args.pairs, rng) for rng in rngs]
-    comparisons = [Comparison(p, [g[i]], [g[j]]) for p, g, pairs in zip(prompts, groups, schedules) for i, j in pairs]
-    texts = judge(comparisons)
-    verdicts, advantages, rates = [parse_verdict(t) for t in texts], [], []
-    bad = [v.text for v in verdicts if v.winner is None]
-    for pairs in schedules:
-        mine, verdicts = verdicts[:len(pairs)], verdicts[len(pairs):]
-        rates.append(win_rates(pairs, mine, args.group_size))
-        advantages.append(group_advantages(rates[-1], args.alpha, std_floor=args.std_floor))
-    advantages = torch.stack(advantages).float().clamp(-args.adv_clip, args.adv_clip)
-    counts = {"verdicts": len(texts), "undecided": len(bad), "ties": sum(r.num_ties for r in rates),
-              "first_wins": sum(r.first_position_wins for r in rates), "decided": sum(r.num_decided for r in rates),
-              "dead": int((advantages == 0).all(1).sum())}
+    G, parts, bad = args.group_size, [], []
+    groups = [k for k in range(len(rngs)) for _ in range(G)]
+    counts = dict.fromkeys(("verdicts", "undecided", "ties", "first_wins", "decided"), 0)
+    for weight, name, function in rewards:
+        if function:
+            values = reward_values((weight, name, function), [[image] for image in images], prompts)
+            parts.append((weight, normalize(values, groups)))
+            counts[f"reward/{name}"] = values.nansum().item()
+            continue
+        pairs = [(k * G + i, k * G + j) for k, rng in enumerate(rngs) for i, j in schedule_pairs(G, args.pairs, rng, args.both_orders)]
+        verdicts = [parse_verdict(text) for text in judge([Comparison(prompts[i], [images[i]], [images[j]]) for i, j in pairs])]
+        rates = win_rates(pairs, verdicts, len(images), len(args.category_weights) > 3, dict(zip("ABCD", args.category_weights)))
+        parts.append((weight, group_advantages(rates, args.alpha, groups, std_floor=args.std_floor)))
+        bad = [verdict.text for verdict in verdicts if verdict.winner is None]
+        counts.update(verdicts=len(pairs), undecided=len(bad), ties=rates.num_ties, first_wins=rates.first_position_wins, decided=rates.num_decided)
+    advantages = blend_advantages(parts).float().clamp(-args.adv_clip, args.adv_clip)
+    counts["dead"] = sum((advantages[k * G:(k + 1) * G] == 0).all().item() for k in range(len(rngs)))
     return advantages, counts, bad[:1]
 
 
@@ -221,11 +230,13 @@ def main(argv=None):
         if folder.startswith("out/") and not Path(folder).exists():
             raise SystemExit(f"{folder} is not there yet. Make it first: {command}")
     try:
-        args.judge = args.judge or str(find_judge())
+        asks = any(part.strip().startswith(("flex", "score")) for part in args.reward.split(","))
+        args.judge = args.judge or (str(find_judge()) if asks else None)
+        judge = open_judge(args.judge, args.max_new_tokens, batch_size=256) if args.judge else None
+        rewards = open_rewards(args.reward, judge)
     except ValueError as error:
         raise SystemExit(f"grpo.py: {error}") from None
     torch.manual_seed(args.seed)
-    judge = LocalJudge(args.judge, batch_size=256, max_new_tokens=args.max_new_tokens, dtype=torch.bfloat16 if has_bf16() else None)
     know_toy_classes(args.model)
     pipe = load_pipeline(args.model, ranks.device)
     records = open_records(args.data, "prompt", args.data_num, args.seed, args.skip_bad)
@@ -285,10 +296,8 @@ def main(argv=None):
         spent["rollout"] = time.time() - clock
         batches, examples = [], []
         for mine, prompts, images, trajectory in rollouts:
-            G = args.group_size
-            groups = [images[i:i + G] for i in range(0, len(images), G)]
-            advantages, found, bad = judge_groups(judge, prompts[::G], groups, [random.Random(f"{args.seed} {step} {i}") for i in mine], args)
-            batches.append((prompts, trajectory, rearrange(advantages, "p g -> (p g)").to(ranks.device)))
+            advantages, found, bad = judge_groups(judge, rewards, prompts, images, [random.Random(f"{args.seed} {step} {i}") for i in mine], args)
+            batches.append((prompts, trajectory, advantages.to(ranks.device)))
             counts = {k: counts.get(k, 0) + v for k, v in found.items()}
             examples += bad
         counts = {k: total(v, ranks) for k, v in counts.items()}
@@ -304,14 +313,17 @@ def main(argv=None):
         spent["train"] = time.time() - clock - spent["rollout"] - spent["judge"]
         worst = max(gather([stats.pop("max_ratio_error")], ranks))
         row = {k: total(v, ranks) / num_images for k, v in stats.items()}
-        decided = max(counts["decided"], 1)
-        row.update(max_ratio_error=worst, undecided=counts["undecided"] / counts["verdicts"], ties=counts["ties"] / counts["verdicts"],
-                   first_position_share=counts["first_wins"] / decided, dead_groups=counts["dead"] / per_step)
+        decided, asked = max(counts["decided"], 1), max(counts["verdicts"], 1)
+        row.update(max_ratio_error=worst, undecided=counts["undecided"] / asked, ties=counts["ties"] / asked,
+                   first_position_share=counts["first_wins"] / decided, dead_groups=counts["dead"] / per_step,
+                   **{name: value / num_images for name, value in counts.items() if name.startswith("reward/")})
         if step == first and ranks.rank == 0:
             print(f"max |ratio - 1| at the first update: {worst:.3g}", flush=True)
         if args.eval_every and (step + 1) % args.eval_every == 0:
             found, images, prompts = evaluate(num_watched, 5)
-            row.update({f"held_out_{k}": v for k, v in found.items()}, held_out_win_rate=win_rate_over(images, base_images, prompts))
+            row.update({f"held_out_{k}": v for k, v in found.items()})
+            if judge:
+                row.update(held_out_win_rate=win_rate_over(images, base_images, prompts))
         log.write(step=step + 1, **row, lr=lr, grad_norm=grad_norm, **{f"{k}_s": v for k, v in spent.items()}, peak_gib=peak_gib())
         bar.set_postfix(ties=f"{row['ties']:.2f}", kl=f"{row['kl']:.3g}", true=row.get("held_out_true", ""))
         if step + 1 in (1, args.max_steps) or (step + 1) % args.save_every == 0:

@@ -2,28 +2,40 @@
 verdicts on a group into win rates and advantages (UnifiedReward-Flex, arXiv 2602.02380).
 
     python reward.py A.png B.png --prompt "a red circle above a blue square"      the verdict as a tree; seconds on a CPU
-    python reward.py A.png B.png --prompt "..." --judge FOLDER --template flex.txt
-    python reward.py A.png B.png --prompt "..." --json                            the judge's own words
+    python reward.py rank 1.png 2.png 3.png --prompt "..." --html report.html     a group: win rates and advantages
+    python reward.py eval pairs.jsonl --judge http://localhost:8000               a judge's exam on labelled pairs
+    python reward.py score A.png B.png --prompt "..."                             each by itself
 
-Reading order: the question (TEMPLATE, build_messages), the answer (parse_verdict), the arithmetic (schedule_pairs, win_rates,
-group_advantages), the judge (LocalJudge), its exam (evaluate_judge). The file imports nothing of ours: copy it anywhere.
-Shapes: G images of one prompt, D anchors (A, B, C), B comparisons per batch, T tokens.
+Reading order: the question (TEMPLATE, build_messages), the answer (parse_verdict, parse_score), the arithmetic (schedule_pairs,
+win_rates, group_advantages), the judges (LocalJudge, ServerJudge), other rewards, the exam (evaluate_judge), the commands.
+The file imports nothing of ours: copy it anywhere. Shapes: G items of one prompt, B items in all, D anchors (A, B, C), T tokens.
 """
 import argparse
-import copy
+import base64
 import functools
+import html
+import http.client
+import importlib.util
+import io
 import json
 import math
+import os
 import random
 import re
+import sys
+import time
+import urllib.parse
+import urllib.request
 from collections import namedtuple
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageSequence
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ the question
@@ -54,11 +66,27 @@ Answer with one JSON object and nothing else:
 "winner": "{medium} 1 or {medium} 2"}"""
 
 
+SCORE_TEMPLATE = """\
+Rate this {medium} that was generated for a prompt. Prompt: {prompt}
+
+Say briefly what agrees with the prompt and what does not, then end with these lines, each with one number:
+Alignment Score (1-5): how well it shows what the prompt asks for
+Coherence Score (1-5): how free of defects and how plausible it is
+Style Score (1-5): how good it looks
+Final Score: your overall rating from 1 to 5"""
+
+
 class Comparison(NamedTuple):
     """One question to a judge. A medium is a list of PIL images: one for an image, the sampled frames for a video."""
     prompt: str
     media_1: list
     media_2: list
+
+
+class Candidate(NamedTuple):
+    """The other question to a judge: one candidate, to be scored by itself."""
+    prompt: str
+    media: list
 
 
 def instruction(prompt, medium="Image", template=None):
@@ -72,13 +100,14 @@ def instruction(prompt, medium="Image", template=None):
     return template.replace("{anchors}", "\n".join(ANCHORS[medium])).replace("{medium}", medium).replace("{prompt}", prompt)
 
 
-def build_messages(comparison, template=None):
-    """(messages, images): one user message in the chat format of transformers, all images first and the text last, and the flat
-    list of its PIL images. Training and judging both call this, so they share one wording. Frames of a video are fed as images,
-    as the original does; the medium is Video when a candidate has more than one frame."""
-    images = [*comparison.media_1, *comparison.media_2]
-    medium = "Video" if max(len(comparison.media_1), len(comparison.media_2)) > 1 else "Image"
-    text = instruction(comparison.prompt, medium, template)
+def build_messages(question, template=None):
+    """(messages, images) of a Comparison or a Candidate: one user message in the chat format of transformers, all images first and
+    the text last, and the flat list of its PIL images. Training and judging both call this, so they share one wording. Frames of a
+    video are fed as images, as the original does; the medium is Video when a candidate has more than one frame."""
+    prompt, *media = question
+    images = [image for candidate in media for image in candidate]
+    medium = "Video" if max(map(len, media)) > 1 else "Image"
+    text = instruction(prompt, medium, template or (TEMPLATE if len(media) == 2 else SCORE_TEMPLATE))
     return [{"role": "user", "content": [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]}], images
 
 
@@ -86,6 +115,33 @@ def chat_text(processor, messages):
     """The prompt of the model as text, up to where its answer begins; a template that can think is told not to."""
     thinking = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **thinking)
+
+
+def load_media(item, num_frames=8):
+    """A list of PIL RGB images: one for an image; `num_frames` sampled uniformly for a GIF, an mp4 (or whatever else `av` reads) or
+    a folder of frames. ValueError names a file that cannot be read."""
+    if isinstance(item, Image.Image):
+        return [item]
+    path, frames = Path(item), []
+    try:
+        if path.is_dir():
+            frames = sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        elif path.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi"):
+            import av
+            with av.open(str(path)) as video:
+                frames = [frame.to_image() for frame in video.decode(video=0)]
+        else:
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(path))]
+        if len(frames) > num_frames:
+            frames = [frames[round(i * (len(frames) - 1) / max(num_frames - 1, 1))] for i in range(num_frames)]
+        frames = [(Image.open(frame) if isinstance(frame, Path) else frame).convert("RGB") for frame in frames]
+    except ImportError:
+        raise ValueError(f"{path}: reading videos needs PyAV: pip install av. Or pass a folder of frames") from None
+    except (OSError, IndexError, ValueError) as error:                          # av's errors are of these kinds
+        raise ValueError(f"{path}: not a readable image or video ({error})") from None
+    if not frames:
+        raise ValueError(f"{path}: no frames (png, jpg or webp) in it")
+    return frames
 
 
 # ------------------------------------------------------------------------------------------------ the answer
@@ -117,10 +173,30 @@ class Verdict:
     text: str = ""                  # what the judge said
 
 
-_SIDE = r"(?:the )?(?:(?:image|video|candidate|option)[ _#:-]*(1|2|a|b|one|two)|(1|2|a|b)|(first|second)(?: image| video| one)?)"
-_WINNER = re.compile(_SIDE + r"(?: wins| (?:is|looks) (?:(?:much|slightly|clearly|the) )*(?:better|best|winner|preferred|superior)"
-                     r"(?: (?:image|video|one))?(?: (?:than|to|over) " + _SIDE + ")?)?")
-_TIE = re.compile(r"(?:it's |it is )?(?:a )?(?:tie|tied|draw|equal)")
+@dataclass
+class Score:
+    value: float | None = None      # the final score, else the mean of the parts; None: unreadable
+    parts: dict = field(default_factory=dict)       # 'Alignment Score' -> 4.0, ...; the scale is the judge's
+    issues: list = field(default_factory=list)
+    text: str = ""
+
+
+class Failure(str):
+    """What a judge hands back where it could not ask: the reason. It never counts as an answer."""
+
+
+_SIDE = (r"(?:the )?(?:(?:image|video|candidate|option|answer|response)[ _#:-]*(1|2|a|b|one|two)|(1|2|a|b)"
+         r"|(first|second)(?: (?:image|video|answer|response|one))?)")
+_CLAIM = (r" (?:wins|(?:is|looks) (?:(?:much|slightly|clearly|the) )*(?:better|best|winner|preferred|superior)"
+          r"(?: (?:image|video|answer|response|one))?(?: (?:than|to|over) " + _SIDE + ")?)")
+_WINNER, _CLAIM = re.compile(f"{_SIDE}(?:{_CLAIM})?"), re.compile(_SIDE + _CLAIM)
+_TIE = re.compile(r"(?:it's |it is )?(?:a )?(?:tie|tied|draw|equal)|(?:both|the two) (?:images|videos|answers|responses) are equal(?:ly (?:good|bad))?")
+_THEREFORE = re.compile(r"(?:(?:so|thus|therefore|hence|overall|in conclusion|conclusion|final answer|final verdict|verdict)[ ,:]+){1,3}")
+_CRITERION = re.compile(r"^(?:<think>)?[ \t]{0,20}(?:\d{1,2}[.)] ?)?([^\s:][^:\n]{0,80}):[ \t]{0,20}\n[ \t]{0,20}(?:Image|Video|Answer) 1 \((\d{1,2})/10\)([^\n]*)\n"
+                        r"[ \t]{0,20}(?:Image|Video|Answer) 2 \((\d{1,2})/10\)([^\n]*)$", re.M)
+_NUMBER = r"(-?\d{1,4}(?:\.\d{1,6})?)(?: ?/ ?\d{1,3})?"
+_FINAL = re.compile(r"final score(?: \(\d{1,3} ?- ?\d{1,3}\))?[ *:=]{1,8}" + _NUMBER + r"(?![\d.]*\d| ?[-/])", re.I)
+_PART = re.compile(r"^[ \t*-]{0,8}([A-Za-z][^:\n]{0,60}?)(?: \(\d{1,3} ?- ?\d{1,3}\))?[*]{0,2}:[* \t]{1,8}" + _NUMBER + r"[*. \t]{0,8}$", re.M)
 _LETTER = re.compile(r"\W*(?:category\s+)?([a-z])\**\s*(?:[.:)\]–—-]|$)", re.I)
 _KEYWORDS = {"A": r"semantic", "B": r"(?:image|video|visual) quality|realism", "C": r"aesthetic|artistry|cinematograph"}
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:"]|[^\s{}\[\],:"]+', re.S)
@@ -128,7 +204,7 @@ _CLOSER = {"{": "}", "[": "]"}
 _MAX_DEPTH, _MAX_OBJECTS = 50, 20       # a verdict is one object, 5 deep; json.loads gives up near 1000
 
 
-def _read_winner(value):
+def _read_winner(value, pattern=_WINNER):
     """1, 2, 0 for a tie, or None. The whole value must say it: 'Image 1/2' and 'not Image 1' are None."""
     value = f"{value:g}" if isinstance(value, float) else value
     if not isinstance(value, str) or len(value) > 200:
@@ -136,7 +212,7 @@ def _read_winner(value):
     value = " ".join(value.strip(" \t\r\n*`'\".!").lower().split())
     if _TIE.fullmatch(value):
         return 0
-    match = _WINNER.fullmatch(value)
+    match = pattern.fullmatch(value)
     sides = [1 if side in ("1", "a", "one", "first") else 2 for side in match.groups() if side] if match else []
     return sides[0] if sides and len(set(sides)) == len(sides) else None
 
@@ -196,7 +272,7 @@ def _scan(text, start):
 
 
 def parse_verdict(text):
-    """The Verdict in a judge's text; never raises on a str, linear time.
+    """The Verdict in a judge's text; never raises on a str, linear time. Older formats: see _read_claims.
 
     The overall winner is the value of `winner` in the one outermost JSON object and nothing else: a category's winner is never
     taken for it, and two objects or two values that disagree leave the verdict undecided (None). Whatever was repaired (fences,
@@ -205,6 +281,11 @@ def parse_verdict(text):
     """
     verdict, roots, position = Verdict(text=text), [], 0
     issues = verdict.issues
+    if isinstance(text, Failure):
+        issues.append(f"no answer: {text}")
+        return verdict
+    if "{" not in text:
+        return _read_claims(verdict)
     while len(roots) < _MAX_OBJECTS and (match := re.compile(r"[{\[]").search(text, position)):
         roots.append(_scan(text, match.start()))
         position = roots[-1].end if roots[-1].sound else len(text)
@@ -249,6 +330,52 @@ def parse_verdict(text):
     return verdict
 
 
+def _read_claims(verdict):
+    """The verdict of a text without JSON: UnifiedReward's ranking ('Image 1 is better than Image 2.', 'Both videos are equally good.',
+    answers of a VLM too) and UnifiedReward-Think's <think>criteria with scores out of 10</think><answer>Image 1 is better</answer>.
+
+    A claim counts only as a whole sentence, so 'if Image 1 is better' and 'not' are none, and all claims must agree.
+    """
+    text, issues = verdict.text, verdict.issues
+    rows = [Dim(name, reason_1.strip(" ;-:"), reason_2.strip(" ;-:"), float(score_1), float(score_2))
+            for name, score_1, reason_1, score_2, reason_2 in _CRITERION.findall(text)]
+    if rows:
+        verdict.categories.append(Category("Criteria", dims=rows))
+    if answers := re.findall(r"<answer>([^<]*)</answer>", text):
+        claims = [_read_winner(answer) for answer in answers]
+    else:
+        after = text.rpartition("</think>")[2]
+        sentences = [] if "<think>" in after else re.split(r"[.!?;\n]+", after)
+        said = [_read_winner(_THEREFORE.sub("", s.lower().strip(" *#"), 1), _CLAIM) for s in sentences if len(s) < 200]
+        claims = [claim for claim in said if claim is not None]
+    if len(set(claims)) == 1 and claims[0] is not None:
+        verdict.winner = claims[0]
+    else:
+        issues.append("no JSON object with a verdict, and no clear claim" if not claims else f"claims that disagree or say nothing: {claims[:9]}")
+    return verdict
+
+
+def parse_score(text):
+    """The Score in a judge's pointwise text; never raises on a str, linear time.
+
+    'Final Score: 4' decides (UnifiedReward: 1 to 5 for images, 1 to 10 for videos, 0 to 100 for answers); without one the mean of
+    the parts, lines such as 'Alignment Score (1-5): 3.5' or 'visual quality: 4'. Two final scores that differ are no score.
+    """
+    score = Score(text=text)
+    if isinstance(text, Failure):
+        score.issues.append(f"no answer: {text}")
+        return score
+    finals = {float(match[1]) for match in _FINAL.finditer(text)}
+    score.parts = {name: float(number) for name, number in _PART.findall(text) if name.lower() != "final score"}
+    if "final score" in text.lower():
+        score.value = finals.pop() if len(finals) == 1 else None
+    elif score.parts:
+        score.value = sum(score.parts.values()) / len(score.parts)
+    if score.value is None:
+        score.issues.append("no clear score")
+    return score
+
+
 def _get(data, key, kind=str):
     """data[key] if it is of that kind, else an empty one: a judge may write anything anywhere."""
     value = data.get(key) if isinstance(data, dict) else None
@@ -286,50 +413,58 @@ def _read_category(data, issues):
     return category
 
 
+_SAID = {1: "1 wins", 2: "2 wins", 0: "tie", None: "undecided"}
+
+
 def format_verdict(verdict, prompt=None):
     """The verdict as a tree for the terminal: categories, sub-dimensions with both scores and reasons, winners, issues."""
-    said = {1: "1 wins", 2: "2 wins", 0: "tie", None: "undecided"}
     lines = [f"prompt: {prompt}"] if prompt else []
     for category in verdict.categories:
-        lines.append(f"├─ {category.name}: {said[category.winner]}{'' if category.anchor else '  (added by the judge)'}")
+        lines.append(f"├─ {category.name}: {_SAID[category.winner]}{'' if category.anchor else '  (added by the judge)'}")
         for dim in category.dims:
             score_1, score_2 = ("?" if score is None else f"{score:g}" for score in (dim.score_1, dim.score_2))
             lines.append(f"│  ├─ {dim.name}  {score_1} : {score_2}")
             lines += [f"│  │    {side}: {reason}" for side, reason in ((1, dim.reason_1), (2, dim.reason_2)) if reason]
         lines += [f"│  └─ {category.reason}"] if category.reason else []
-    lines.append(f"└─ overall: {said[verdict.winner]}{'. ' if verdict.reason else ''}{verdict.reason}")
+    lines.append(f"└─ overall: {_SAID[verdict.winner]}{'. ' if verdict.reason else ''}{verdict.reason}")
     return "\n".join(lines + [f"   ! {issue}" for issue in verdict.issues])
 
 
 # ------------------------------------------------------------------------------------------------ the arithmetic
 
-def schedule_pairs(num_items, pairs="all", rng=random):
+def schedule_pairs(groups, pairs="all", rng=random, both_orders=False):
     """Which items meet, and who is shown first: [(first, second), ...], each unordered pair at most once.
 
-    "all" gives all G(G-1)/2 pairs; "ring:K" seats the items at random on a ring where each meets its next K, so 2K each (with
-    K = G/2 the opposite one comes once). The order within a pair is a coin flip: judges favour a position, and a fixed order
-    hands that favour to the same items every time.
+    groups is the number of items of one prompt, or one group id (a prompt) per item: pairs never cross groups. "all" gives all
+    G(G-1)/2 pairs of a group; "ring:K" seats its items at random on a ring where each meets its next K, so 2K each (with K = G/2
+    the opposite one comes once). The order within a pair is a coin flip: judges favour a position, and a fixed order hands that
+    favour to the same items every time. `both_orders` asks every pair twice, in either order.
     """
-    if num_items < 2:
-        raise ValueError(f"num_items is {num_items}; a comparison needs at least 2")
     ring = re.fullmatch(r"ring:(\d+)", pairs)
     if pairs != "all" and not ring:
         raise ValueError(f"pairs is '{pairs}'; expected 'all' or 'ring:K', for example 'ring:3'")
-    if ring and not 1 <= int(ring[1]) <= num_items // 2:
-        raise ValueError(f"pairs is '{pairs}' for {num_items} items; K goes from 1 to {num_items // 2}, or use 'all'")
-    chosen = combinations(range(num_items), 2)
-    if ring:
-        seat = rng.sample(range(num_items), num_items)
-        chosen = sorted({tuple(sorted((seat[i], seat[(i + k) % num_items])))
-                         for i in range(num_items) for k in range(1, int(ring[1]) + 1)})
-    return [pair if rng.random() < 0.5 else pair[::-1] for pair in chosen]
+    members, out = {}, []
+    for i, group in enumerate([0] * groups if isinstance(groups, int) else groups):
+        members.setdefault(group, []).append(i)
+    for group, items in members.items():
+        n = len(items)
+        if n < 2:
+            raise ValueError(f"group {group!r} has {n} item; a comparison needs at least 2")
+        chosen = combinations(items, 2)
+        if ring:
+            if not 1 <= int(ring[1]) <= n // 2:
+                raise ValueError(f"pairs is '{pairs}' for {n} items; K goes from 1 to {n // 2}, or use 'all'")
+            seat = rng.sample(items, n)
+            chosen = sorted({tuple(sorted((seat[i], seat[(i + k) % n]))) for i in range(n) for k in range(1, int(ring[1]) + 1)})
+        out += [pair if rng.random() < 0.5 else pair[::-1] for pair in chosen]
+    return [p for pair in out for p in (pair, pair[::-1])] if both_orders else out
 
 
 @dataclass
 class WinRates:
-    overall: torch.Tensor           # (G,) R_all; NaN: no decided comparison
-    category: torch.Tensor          # (G,) R_cat; NaN: no category vote
-    anchors: dict                   # anchor -> (G,) R_d
+    overall: torch.Tensor           # (B,) R_all; NaN: no decided comparison
+    category: torch.Tensor          # (B,) R_cat; NaN: no category vote
+    anchors: dict                   # anchor -> (B,) R_d
     num_decided: int                # a winner was named
     num_ties: int                   # a tie was declared
     num_undecided: int              # unreadable or contradictory; left out of every rate
@@ -337,7 +472,7 @@ class WinRates:
 
 
 def win_rates(pairs, verdicts, num_items, count_extra=False, category_weights=None):
-    """WinRates of G items; winner 1 of a verdict means that the first of its pair won.
+    """WinRates of B items, of one prompt or several; winner 1 of a verdict means that the first of its pair won.
 
     R_d(i) = wins of i on anchor d / comparisons of i on anchor d, a tie being half a win (Sec. 3.3.2 of arXiv 2602.02380, with
     the comparisons that took place instead of G - 1). R_cat(i) = mean of R_d(i) over the anchors that have a value for i, weighted
@@ -348,7 +483,7 @@ def win_rates(pairs, verdicts, num_items, count_extra=False, category_weights=No
     if len(pairs) != len(verdicts):
         raise ValueError(f"{len(pairs)} pairs but {len(verdicts)} verdicts; expected one verdict per pair")
     names = ["overall", *_KEYWORDS] + ["D"] * count_extra
-    wins, counts = torch.zeros(2, len(names), num_items, dtype=torch.float64)               # (1 + D, G) each
+    wins, counts = torch.zeros(2, len(names), num_items, dtype=torch.float64)               # (1 + D, B) each
     for (first, second), verdict in zip(pairs, verdicts):
         votes = {"overall": verdict.winner}
         for category in verdict.categories if verdict.winner is not None else []:
@@ -360,7 +495,7 @@ def win_rates(pairs, verdicts, num_items, count_extra=False, category_weights=No
                 wins[row, second] += 1 - share
                 counts[row, [first, second]] += 1
     overall, *anchors = wins / counts                                                       # 0 / 0 = NaN: never compared
-    rates = torch.stack(anchors)                                                            # (D, G)
+    rates = torch.stack(anchors)                                                            # (D, B)
     weights = torch.tensor([(category_weights or {}).get(name, 1.0) for name in names[1:]], dtype=torch.float64)
     weights = weights[:, None] * ~rates.isnan()
     category = (weights * rates.nan_to_num()).sum(0) / weights.sum(0)
@@ -371,31 +506,50 @@ def win_rates(pairs, verdicts, num_items, count_extra=False, category_weights=No
                     num_undecided=winners.count(None), first_position_wins=winners.count(1))
 
 
-def group_advantages(rates, alpha=0.7, eps=1e-8, std_floor=0.0, normalize_std=True):
-    """(G,) advantages of one group: A = alpha z(R_cat) + (1 - alpha) z(R_all), z = (x - mean) / (max(std, std_floor) + eps).
+def normalize(values, groups=None, std_floor=0.0, normalize_std=True, eps=1e-8):
+    """z = (x - mean) / (max(std, std_floor) + eps) of (B,) values inside each group (default: one group).
 
-    Each side is normalised inside the group before the blend. The std is the unbiased one (divisor G - 1): the paper does not
-    say, the original code takes it. A side whose values are all equal gives exactly zero; an item without a value (NaN) gets 0
-    on that side and enters neither mean nor std. When a whole side has no value, as with a judge that names no categories,
-    the other side counts alone. `normalize_std=False` leaves the division out; `std_floor` keeps a nearly dead group (one
-    decided pair among ties) from being blown up. Worked: rates 1, .5, 0 on both sides give 1, 0, -1 for any alpha.
+    The std is the unbiased one (divisor G - 1): the paper does not say, the original code takes it. A group whose values are all
+    equal, bit by bit, gives exactly zero; an item without a value (NaN) gets 0 and enters neither mean nor std.
+    `normalize_std=False` leaves the division out; `std_floor` keeps a nearly dead group (one decided pair among ties) quiet.
     """
-    def z(values):
-        valid = ~values.isnan()
-        x = values[valid]
-        scores = torch.zeros_like(values)
+    scores, groups = torch.zeros_like(values), [0] * len(values) if groups is None else groups
+    for group in dict.fromkeys(groups):
+        on = torch.tensor([g == group for g in groups]) & ~values.isnan()
+        x = values[on]
         if len(x) > 1 and x.min() != x.max():                           # exact equality is dead, a small std is not
-            scores[valid] = (x - x.mean()) / (x.std().clamp(min=std_floor) + eps if normalize_std else 1.0)
-        return scores
-
-    if rates.category.isnan().all():
-        alpha = 0.0
-    elif rates.overall.isnan().all():
-        alpha = 1.0
-    return alpha * z(rates.category) + (1 - alpha) * z(rates.overall)
+            scores[on] = (x - x.mean()) / (x.std().clamp(min=std_floor) + eps if normalize_std else 1.0)
+    return scores
 
 
-# ------------------------------------------------------------------------------------------------ the judge
+def group_advantages(rates, alpha=0.7, groups=None, blend="advantages", **options):
+    """(B,) advantages A = alpha z(R_cat) + (1 - alpha) z(R_all), z as in `normalize`, which also takes the `options`.
+
+    Each side is normalised inside its group before the blend: the paper (Sec. 3.3.2), and the original code with its GDPO flag.
+    blend="rates" is the original without it: z(alpha R_cat + (1 - alpha) R_all). Where an item has a value on one side only, as with
+    a judge that names no categories, that side counts alone. Worked: rates 1, .5, 0 on both sides give 1, 0, -1 for any alpha.
+    """
+    if blend not in ("advantages", "rates"):
+        raise ValueError(f"blend is {blend!r}; expected 'advantages' or 'rates'")
+    category, overall = rates.category, rates.overall
+    alpha = torch.full_like(category, alpha).masked_fill(category.isnan(), 0).masked_fill(~category.isnan() & overall.isnan(), 1)
+    if blend == "rates":
+        mixed = alpha * category.nan_to_num() + (1 - alpha) * overall.nan_to_num()
+        return normalize(mixed.masked_fill(category.isnan() & overall.isnan(), math.nan), groups, **options)
+    return alpha * normalize(category, groups, **options) + (1 - alpha) * normalize(overall, groups, **options)
+
+
+def blend_advantages(parts, normalize_batch=False, eps=1e-8):
+    """(B,) sum_k w_k A_k of several rewards' advantages, [(w_k, A_k), ...]; A_k of a further reward is its `normalize`d value.
+
+    The original scripts take 0.7 of the verdicts and 0.3 of CLIP and then, with `normalize_batch`, normalise the sum once more over
+    the whole batch of all ranks, which the paper does not mention.
+    """
+    mixed = sum(weight * advantages for weight, advantages in parts)
+    return normalize(mixed, eps=eps) if normalize_batch else mixed
+
+
+# ------------------------------------------------------------------------------------------------ the judges
 
 @functools.lru_cache
 def without_video(stock):
@@ -434,15 +588,15 @@ def load_processor(path):
 
 
 class LocalJudge:
-    """judge(comparisons) -> texts, by a transformers model: LocalJudge(path), or LocalJudge(model=, processor=) for one in memory.
+    """judge(questions) -> texts, by a transformers model: LocalJudge(path), or LocalJudge(model=, processor=) for one in memory.
 
-    template=None reads `template.txt` in the folder (sft.py writes it, so that a judge keeps the wording it was trained on) and
-    else takes TEMPLATE. A path is loaded to `device` (default: the GPU, else the CPU) in `dtype` (default: bfloat16 on a GPU,
-    float32 on a CPU). For a model in memory another dtype than its own means autocast on a GPU and a cast copy on a CPU, where
-    autocast would cast the weights anew for every token.
+    Questions are Comparisons or Candidates. template=None reads `template.txt` in the folder (sft.py writes it, so that a judge
+    keeps the wording it was trained on) and else takes TEMPLATE; score_template is the wording for Candidates. A path is loaded to
+    `device` (default: the GPU, else the CPU) in `dtype` (default: bfloat16 on a GPU, float32 on a CPU). For a model in memory
+    another dtype than its own means autocast, on a GPU only: on a CPU it would cast the weights anew for every token.
     """
-    def __init__(self, path=None, *, model=None, processor=None, template=None, device=None, dtype=None, batch_size=64,
-                 max_new_tokens=2048):
+    def __init__(self, path=None, *, model=None, processor=None, template=None, score_template=None, device=None, dtype=None,
+                 batch_size=64, max_new_tokens=2048):
         if (path is None) == (model is None) or (model is not None and processor is None):
             raise ValueError("LocalJudge takes a path, or a model and its processor")
         if path is not None:
@@ -455,15 +609,14 @@ class LocalJudge:
             processor = load_processor(path)
             if template is None and (Path(path) / "template.txt").is_file():
                 template = (Path(path) / "template.txt").read_text(encoding="utf-8")
-        elif dtype is not None and model.device.type == "cpu" and model.dtype != dtype:
-            model = copy.deepcopy(model).to(dtype)
-        self.model, self.processor, self.template, self.dtype = model, processor, template, dtype
+        self.model, self.processor, self.dtype = model, processor, dtype
+        self.templates = {Comparison: template, Candidate: score_template}
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
 
-    def __call__(self, comparisons, temperature=0.0, progress=False):
-        """One text per comparison, in order. Greedy at temperature 0, else sampled from the whole distribution (no top-k or top-p).
+    def __call__(self, questions, temperature=0.0, progress=False):
+        """One text per question, in order. Greedy at temperature 0, else sampled from the whole distribution (no top-k or top-p).
         Batches hold similar lengths, the longest first, so that memory runs out at once or never."""
-        chats = [build_messages(comparison, self.template) for comparison in comparisons]
+        chats = [build_messages(question, self.templates[type(question)]) for question in questions]
         prompts = [chat_text(self.processor, messages) for messages, _ in chats]
         images = [[image.convert("RGB") for image in images] for _, images in chats]
         # roughly the number of tokens: one for 32 x 32 pixels, one for 4 characters
@@ -488,56 +641,103 @@ class LocalJudge:
         sampling = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        with torch.autocast(weight.device.type, dtype=self.dtype, enabled=self.dtype not in (None, weight.dtype)):
+        with torch.autocast(weight.device.type, dtype=self.dtype, enabled=weight.is_cuda and self.dtype not in (None, weight.dtype)):
             tokens = self.model.generate(
                 **inputs.to(weight.device), **sampling, max_new_tokens=self.max_new_tokens, repetition_penalty=1.0, use_cache=True,
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)       # (B, T)
         return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 
 
-# ------------------------------------------------------------------------------------------------ the judge's exam
+class _AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Hands back every answer of a server, whatever its status."""
+    http_response = https_response = lambda self, request, response: response
 
-def evaluate_judge(judge, comparisons, labels, rng, swap=True):
-    """How good a judge is on labelled pairs, a dict. labels: 1 or 2, the better candidate; 0, a tie, is left out of the accuracy.
 
-    Every pair is shown in a random order from `rng`, the label moving along, and with `swap` in the other order too.
-        winner_accuracy       share of right winners in the random order; undecided and ties are wrong
-        parse_rate            share of texts with an overall winner and all three anchors
-        sum10_rate            share of sub-dimensions whose two scores sum to 10
-        swap_consistency      share of pairs whose two orders name the same winner; undecided is inconsistent; NaN without swap
-        first_position_share  share of first-position wins among decided verdicts; one half without position bias
-        num_pairs, verdicts and flipped: the random order's verdicts, and whether that order was (2, 1)
+class ServerJudge:
+    """judge(questions) -> texts, by OpenAI-compatible servers: ServerJudge(["http://localhost:8000", ...]).
+
+    `concurrency` requests are in flight, spread over the URLs; temperature 0 and a seed are sent, since servers otherwise sample
+    as the model's generation_config says. Timeouts, broken connections and the statuses 408, 429 and 5xx are tried `retries` times
+    more, at the next URL, after a growing pause; whatever else is wrong is not. No request takes longer than `timeout` seconds.
+    What stays without an answer comes back as a Failure. `extra` is merged into the request, for example
+    {"chat_template_kwargs": {"enable_thinking": False}}. Raises ValueError when no URL answers at the start.
     """
-    flipped = [rng.random() < 0.5 for _ in comparisons]
-    both = [(a, Comparison(a.prompt, a.media_2, a.media_1)) for a in comparisons]
-    shown = [pair[flip] for pair, flip in zip(both, flipped)] + [pair[not flip] for pair, flip in zip(both, flipped) if swap]
-    verdicts = [parse_verdict(text) for text in judge(shown)]
-    winners = [{1: 2, 2: 1}.get(verdict.winner, verdict.winner) if flip else verdict.winner         # of the content, not the place
-               for verdict, flip in zip(verdicts, flipped + [not flip for flip in flipped])]
-    first, second = winners[:len(both)], winners[len(both):]
-    mean = lambda values: sum(values) / len(values) if values else math.nan
-    return {
-        "winner_accuracy": mean([winner == label for winner, label in zip(first, labels) if label]),
-        "parse_rate": mean([v.winner is not None and {c.anchor for c in v.categories} >= set(_KEYWORDS) for v in verdicts]),
-        "sum10_rate": mean([None not in (d.score_1, d.score_2) and d.score_1 + d.score_2 == 10
-                            for v in verdicts for c in v.categories for d in c.dims]),
-        "swap_consistency": mean([a == b and a is not None for a, b in zip(first, second)]),
-        "first_position_share": mean([verdict.winner == 1 for verdict in verdicts if verdict.winner]),
-        "num_pairs": len(both), "verdicts": verdicts[:len(both)], "flipped": flipped,
-    }
+    def __init__(self, urls, model=None, template=None, score_template=None, concurrency=32, timeout=300.0, retries=4,
+                 max_new_tokens=2048, seed=0, extra=None):
+        self.urls = [re.sub(r"(/v1)?(/chat/completions)?/*$", "", url) for url in urls]
+        self.templates = {Comparison: template, Candidate: score_template}
+        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
+        self.body, reasons = {"model": model, "max_tokens": max_new_tokens, "seed": seed, **(extra or {})}, []
+        for url in self.urls if model is None else []:
+            try:
+                self.body["model"] = json.loads(self._open(f"{url}/v1/models")[1])["data"][0]["id"]
+                return
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+                reasons.append(f"{url}: {error}")
+        if reasons:
+            raise ValueError("no judge answers: " + "; ".join(reasons) + ". Start one, for example: vllm serve MODEL --port 8000")
+
+    def _open(self, url, body=None):
+        """(status, bytes) that the server answers, within the time-out. The loopback is never asked through a proxy."""
+        host, end = urllib.parse.urlsplit(url).hostname or "", time.monotonic() + self.timeout
+        direct = host in ("localhost", "::1") or host.startswith("127.")
+        opener = urllib.request.build_opener(_AnyStatus, *[urllib.request.ProxyHandler({})] * direct)
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+        parts = []
+        with opener.open(urllib.request.Request(url, body, headers), timeout=self.timeout) as response:
+            while part := response.read1(1 << 16):
+                parts.append(part)
+                if time.monotonic() > end:
+                    raise TimeoutError(f"no whole answer within {self.timeout:g} s")
+            if response.length:
+                raise ConnectionError(f"the answer broke off, {response.length} bytes are missing")
+        return response.status, b"".join(parts)
+
+    def _ask(self, number, body):
+        """One answer, or a Failure with the last reason."""
+        for attempt in range(self.retries + 1):
+            url = self.urls[(number + attempt) % len(self.urls)]
+            try:
+                status, data = self._open(f"{url}/v1/chat/completions", body)
+            except (OSError, http.client.HTTPException) as error:               # refused, reset, broken off, timed out
+                reason = f"{url}: {error!r}"
+            else:
+                reason = f"{url}: HTTP {status}: {data[:300].decode(errors='replace')}"
+                if status == 200:
+                    try:
+                        text = json.loads(data)["choices"][0]["message"]["content"]
+                    except (ValueError, LookupError, TypeError) as error:
+                        return Failure(f"{reason} is not a chat completion ({error!r})")
+                    return text if isinstance(text, str) else Failure(f"{reason} holds no text")
+                if status not in (408, 429) and status < 500:
+                    return Failure(reason)
+            if attempt < self.retries:
+                time.sleep(min(.25 * 2 ** attempt, 8))
+        return Failure(f"{reason} (after {self.retries + 1} tries)")
+
+    def __call__(self, questions, temperature=0.0, progress=False):
+        """One text or Failure per question, in order. Every image is encoded once (PNG, so nothing is lost)."""
+        chats, urls = [build_messages(question, self.templates[type(question)]) for question in questions], {}
+        for image in (image for _, images in chats for image in images):
+            if id(image) not in urls:
+                image.convert("RGB").save(file := io.BytesIO(), "PNG", compress_level=1)
+                urls[id(image)] = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+        def ask(number):
+            (message,), images = chats[number]
+            parts = [{"type": "image_url", "image_url": {"url": urls[id(image)]}} for image in images]
+            messages = [{"role": "user", "content": parts + message["content"][len(images):]}]
+            return self._ask(number, json.dumps({**self.body, "messages": messages, "temperature": temperature}).encode())
+
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return list(tqdm(pool.map(ask, range(len(chats))), desc="judge", total=len(chats), disable=not progress))
 
 
-# ------------------------------------------------------------------------------------------------ the command
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Ask a judge which of two images serves a prompt better.")
-    parser.add_argument("images", nargs=2, metavar="IMAGE", help="image files, first and second candidate")
-    parser.add_argument("--prompt", required=True, help="the text both images were generated from")
-    parser.add_argument("--judge", help="folder or hub id; default: the newest of out/judge-dpo/model and out/judge-sft/model")
-    parser.add_argument("--template", help="file with another instruction, holding {prompt} and optionally {medium}, {anchors}")
-    parser.add_argument("--max-new-tokens", type=int, default=2048, help="longest verdict, in tokens")
-    parser.add_argument("--json", action="store_true", help="print the judge's text as it is")
-    return parser.parse_args(argv)
+def open_judge(judge=None, max_new_tokens=2048, template=None, **options):
+    """A judge by name: URLs, joined by commas, a folder, a hub id, or the newest judge trained in the current folder."""
+    if judge and judge.startswith(("http://", "https://")):
+        return ServerJudge(judge.split(","), max_new_tokens=max_new_tokens, template=template)
+    return LocalJudge(judge or find_judge(), max_new_tokens=max_new_tokens, template=template, **options)
 
 
 def find_judge():
@@ -548,24 +748,312 @@ def find_judge():
     return max(folders, key=lambda folder: (folder / "config.json").stat().st_mtime)
 
 
-def open_image(path):
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+# ------------------------------------------------------------------------------------------------ other rewards
+# A reward is a function (media, prompts) -> one float per item, NaN where it has no opinion; a medium is a list of PIL images.
+
+class ClipScore:
+    """Cosine similarity of CLIP's embeddings of prompt and image, -1 to 1, the mean over the frames of a video."""
+
+    def __init__(self, path="openai/clip-vit-large-patch14", device=None):
+        from transformers import AutoModel, AutoProcessor
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, self.processor = AutoModel.from_pretrained(path).to(self.device).eval(), AutoProcessor.from_pretrained(path)
+
+    @torch.inference_mode()
+    def __call__(self, media, prompts):
+        scores = []
+        for images, prompt in zip(media, prompts):
+            inputs = self.processor(text=[prompt], images=images, return_tensors="pt", padding=True, truncation=True)
+            out = self.model(**inputs.to(self.device))
+            scores.append(F.cosine_similarity(out.image_embeds, out.text_embeds).mean().item())
+        return scores
+
+
+def score_items(judge, media, prompts):
+    """Scores of each item by itself, by a judge that was trained to score."""
+    return [parse_score(text) for text in judge([Candidate(prompt, images) for images, prompt in zip(media, prompts)])]
+
+
+def open_rewards(text, judge=None):
+    """[(weight, name, function), ...] of "flex:0.7,clip:0.3". Names: flex, the pairwise verdicts, whose function is None; score, the
+    judge's pointwise scores; clip, or clip@FOLDER; FILE.py:function, called with lists of media and prompts. Weights default to 1."""
+    rewards = []
+    for part in text.split(","):
+        name, _, weight = part.strip().rpartition(":")
+        try:
+            weight = float(weight)
+        except ValueError:
+            name, weight = part.strip(), 1.0
+        path, _, function = name.rpartition(":")
+        if name in ("flex", "score"):
+            rewards.append((weight, name, None if name == "flex" else lambda *x: [math.nan if s.value is None else s.value for s in score_items(judge, *x)]))
+        elif name.split("@")[0] == "clip":
+            rewards.append((weight, name, ClipScore(*name.split("@")[1:])))
+        elif path.endswith(".py") and Path(path).is_file():
+            spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+            spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+            if not callable(getattr(module, function, None)):
+                raise ValueError(f"{path} has no function {function}")
+            rewards.append((weight, name, getattr(module, function)))
+        else:
+            raise ValueError(f"reward '{name}' is unknown; expected flex, score, clip, clip@FOLDER or FILE.py:function, each with :WEIGHT if you like")
+    return rewards
+
+
+def reward_values(reward, media, prompts):
+    """(B,) values of one entry of open_rewards; ValueError when its function returns something else."""
+    values = torch.as_tensor(reward[2](media, prompts), dtype=torch.float32).cpu()
+    if values.shape != (len(media),) or values.isinf().any():
+        raise ValueError(f"reward {reward[1]} returned {values.tolist()} for {len(media)} items; expected one finite number (or NaN) for each")
+    return values
+
+
+# ------------------------------------------------------------------------------------------------ the exam
+
+def interval(num_right, num):
+    """(low, high): Wilson's 95 % interval of a share."""
+    if not num:
+        return math.nan, math.nan
+    z, p = 1.959964, num_right / num
+    centre, half = p + z * z / (2 * num), z * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))
+    return (centre - half) / (1 + z * z / num), (centre + half) / (1 + z * z / num)
+
+
+_VOTES = {"left": 1, "right": 2, "tie": 0, "bothbad": 0, 1: 1, 2: 2, 0: 0, None: None}
+
+
+def accuracy(votes, ties=False):
+    """(share right, its 95 % interval, number of pairs) of [(judge's vote, people's vote), ...].
+
+    A vote is 'left', 'right', 'tie' or 'both bad' (as in GenAI-Bench, 'leftvote' ... 'bothbad_vote' too), or 1, 2, 0; None, undecided,
+    is wrong. Without ties ("diff") the pairs that people call a tie or both bad are left out; with ties ("tau") they count, and
+    are right when the judge says tie or both bad.
+    """
+    def read(vote):
+        key = re.sub(r"[\s_]|vote$", "", vote.lower()) if isinstance(vote, str) else vote
+        if key not in _VOTES:
+            raise ValueError(f"vote {vote!r}; expected left, right, tie or both bad, or 1, 2, 0")
+        return _VOTES[key]
+
+    votes = [(read(a), read(b)) for a, b in votes]
+    right = [a == b for a, b in votes if b or ties]
+    return sum(right) / len(right) if right else math.nan, interval(sum(right), len(right)), len(right)
+
+
+def evaluate_judge(judge, comparisons, labels, rng, swap=True, types=None, progress=False):
+    """How good a judge is on labelled pairs, a dict. labels: 1 or 2, the better candidate, or 0, a tie.
+
+    Every pair is shown in a random order from `rng`, the label moving along, and with `swap` in the other order too.
+        winner_accuracy       share of right winners in the random order, ties of people left out ("diff"); undecided is wrong
+        tau_accuracy          the same with ties, right when the judge says tie; each with its 95 % interval, *_95
+        parse_rate            share of texts with an overall winner and all three anchors
+        sum10_rate            share of sub-dimensions whose two scores sum to 10
+        swap_consistency      share of pairs whose two orders name the same winner; undecided is inconsistent; NaN without swap
+        first_position_share  share of first-position wins among decided verdicts; one half without position bias
+        failures              questions that the judge could not be asked
+        by_type               {type: winner_accuracy}, where `types` holds one per pair
+        verdicts and flipped  the verdicts in the random order, and whether that order was (2, 1)
+    """
+    flipped = [rng.random() < 0.5 for _ in comparisons]
+    both = [(a, Comparison(a.prompt, a.media_2, a.media_1)) for a in comparisons]
+    shown = [pair[flip] for pair, flip in zip(both, flipped)] + [pair[not flip] for pair, flip in zip(both, flipped) if swap]
+    verdicts = [parse_verdict(text) for text in judge(shown, **{"progress": True} if progress else {})]
+    winners = [{1: 2, 2: 1}.get(verdict.winner, verdict.winner) if flip else verdict.winner         # of the content, not the place
+               for verdict, flip in zip(verdicts, flipped + [not flip for flip in flipped])]
+    first, second = winners[:len(both)], winners[len(both):]
+    mean = lambda values: sum(values) / len(values) if values else math.nan
+    by_type = {kind: [vote for vote, t in zip(zip(first, labels), types) if t == kind] for kind in dict.fromkeys(types or [])}
+    diff, tau = accuracy(zip(first, labels)), accuracy(zip(first, labels), ties=True)
+    return {
+        "winner_accuracy": diff[0], "winner_accuracy_95": diff[1], "tau_accuracy": tau[0], "tau_accuracy_95": tau[1],
+        "parse_rate": mean([verdict.winner is not None and {"A", "B", "C"} <= {c.anchor for c in verdict.categories} for verdict in verdicts]),
+        "sum10_rate": mean([None not in (d.score_1, d.score_2) and d.score_1 + d.score_2 == 10
+                            for v in verdicts for c in v.categories for d in c.dims]),
+        "swap_consistency": mean([a == b and a is not None for a, b in zip(first, second)]),
+        "first_position_share": mean([verdict.winner == 1 for verdict in verdicts if verdict.winner]),
+        "failures": sum(isinstance(verdict.text, Failure) for verdict in verdicts), "num_pairs": len(both),
+        "by_type": {kind: accuracy(votes)[0] for kind, votes in by_type.items()},
+        "verdicts": verdicts[:len(both)], "flipped": flipped,
+    }
+
+
+def read_pairs(path):
+    """[(prompt, [first, second], 1 | 2 | 0, type or None)] of a JSONL file {"prompt", "images" or "videos", "winner", "type"}. Paths are
+    relative to the file; 'Image 1', 'Video 2', 'Tie' and GenAI-Bench's votes are winners. ValueError names a bad line."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            if line.strip():
+                row = json.loads(line)
+                first, second = [Path(path).parent / item for item in row.get("videos") or row["images"]]
+                said = str(row["winner"]).lower().replace("vote", "").replace("_", "").strip()
+                rows.append((row["prompt"].strip(), [first, second], _VOTES[said] if said in _VOTES else {1: 1, 2: 2, 0: 0}[_read_winner(said)], row.get("type")))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}:{number}: {error!r} in {line[:200]}. Expected {{\"prompt\": \"...\", \"images\": [first, second], "
+                             f"\"winner\": \"Image 1\" | \"Image 2\" | \"Tie\"}}") from None
+    if not rows:
+        raise ValueError(f"{path}: no pairs in it")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}h1{font-size:1.3em}
+h2{font-size:1.1em;margin:1.6em 0 .3em}table{border-collapse:collapse;width:100%}td,th{padding:.35em .6em;border-bottom:1px solid #e4e4e4;
+text-align:left;vertical-align:top}figure{display:inline-block;margin:.4em 1em .4em 0}figcaption{font-weight:600}figure img{height:200px;margin-right:3px;
+image-rendering:pixelated;border:1px solid #ccc}.bar{display:flex;width:130px;height:1.1em;font-size:.8em;color:#fff;line-height:1.1em}.bar i{background:#2f6fde;
+padding-left:.3em;font-style:normal}.bar b{background:#e07b2f;padding-right:.3em;text-align:right;flex:1;font-weight:400}.won{background:#e9f6ec}
+.issue{background:#fff3b0;padding:.2em .6em;margin:.2em 0}summary{cursor:pointer;margin:.5em 0}"""
+
+
+def _figure(title, images, won=False):
+    """An HTML figure of one candidate, its frames side by side, inlined as PNG."""
+    tags = ""
+    for image in images:
+        image.convert("RGB").save(file := io.BytesIO(), "PNG")
+        tags += f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" alt="">'
+    return f'<figure{" class=won" if won else ""}><figcaption>{html.escape(str(title))}</figcaption>{tags}</figure>'
+
+
+class _Html(str):
+    """Text that is markup already."""
+
+
+def _table(header, rows):
+    """An HTML table; text is escaped, and an _Html cell is put in as it is."""
+    cell = lambda v: v if isinstance(v, _Html) else html.escape(f"{v:.3f}" if isinstance(v, float) else str(v))
+    return "<table>" + "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>" for row in [header, *rows]) + "</table>"
+
+
+def verdict_html(verdict):
+    """The rubric of one verdict: a table per category with both reasons and the scores as bars, what was repaired in yellow."""
+    out = []
+    for category in verdict.categories:
+        out.append(f"<h2>{html.escape(category.name)}: {_SAID[category.winner]}{'' if category.anchor else ' (added by the judge)'}</h2>")
+        rows = []
+        for dim in category.dims:
+            score_1, score_2 = (None if s is None else max(s, 0) for s in (dim.score_1, dim.score_2))
+            share = None if None in (score_1, score_2) or not score_1 + score_2 else 100 * score_1 / (score_1 + score_2)
+            bar = "?" if share is None else _Html(f'<div class="bar"><i style="width:{share:.0f}%">{score_1:g}</i><b>{score_2:g}</b></div>')
+            rows.append([dim.name, dim.reason_1, bar, dim.reason_2])
+        out.append(_table(["", "1", "", "2"], rows) + f"<p>{html.escape(category.reason)}</p>")
+    out.append(f"<h2>Overall: {_SAID[verdict.winner]}</h2><p>{html.escape(verdict.reason)}</p>")
+    return "".join(out + [f'<div class="issue">{html.escape(issue)}</div>' for issue in verdict.issues])
+
+
+def write_report(path, title, body):
+    """One self-contained HTML file."""
+    Path(path).write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+                          f"<h1>{html.escape(title)}</h1>{body}</html>", encoding="utf-8")
+    print(f"report: {path}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------ the commands
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("Reading order")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("items", nargs="+", metavar="ITEM", help="nothing, rank, eval or score; then images, GIFs, videos, folders of frames, or a JSONL file of pairs")
+    add("--prompt", help="the text that the candidates were generated from")
+    # judge
+    add("--judge", help="folder, hub id or URLs joined by commas; default: the newest of out/judge-dpo/model and out/judge-sft/model")
+    add("--template", help="file with another instruction, holding {prompt} and optionally {medium}, {anchors}")
+    add("--max-new-tokens", type=int, default=2048, help="longest verdict, in tokens")
+    add("--num-frames", type=int, default=8, help="frames sampled from a video")
+    # rank
+    add("--pairs", default="all", help="who meets whom: all, or ring:K")
+    add("--both-orders", action="store_true", help="ask every pair in both orders")
+    add("--alpha", type=float, default=0.7, help="weight of the category side against the overall side")
+    add("--reward", default="flex", help="what is blended into the advantages, as flex:0.7,clip:0.3 or FILE.py:function")
+    # run
+    add("--seed", type=int, default=0, help="of the order in which candidates are shown")
+    add("--json", action="store_true", help="print JSON; for one comparison the judge's text as it is")
+    add("--html", help="compare and rank: write a report to this file")
+    args = parser.parse_args(argv)
+    args.command = args.items.pop(0) if args.items[0] in ("rank", "eval", "score") else "compare"
+    want = {"compare": (2, 2), "rank": (2, math.inf), "eval": (1, 1), "score": (1, math.inf)}[args.command]
+    if not want[0] <= len(args.items) <= want[1]:
+        parser.error(f"{args.command} takes {want[0]} {'items' if want[0] == want[1] else 'or more items'}, not {len(args.items)}")
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        comparison = Comparison(args.prompt, *([open_image(path)] for path in args.images))
         template = Path(args.template).read_text(encoding="utf-8") if args.template else None
-        build_messages(comparison, template)        # an empty prompt or a bad template fails before the judge is loaded
-        judge = LocalJudge(args.judge or find_judge(), template=template, max_new_tokens=args.max_new_tokens)
+        instruction("-" if args.command == "eval" else args.prompt or "", template=template)       # what is wrong fails before the judge is loaded
+        rows = read_pairs(args.items[0]) if args.command == "eval" else []
+        media = [load_media(item, args.num_frames) for item in ([] if rows else args.items)]
+        needed = args.command != "rank" or {"flex", "score"} & {part.split(":")[0].strip() for part in args.reward.split(",")}
+        judge = open_judge(args.judge, args.max_new_tokens, template) if needed else None
+        {"compare": compare_command, "rank": rank_command, "eval": eval_command, "score": score_command}[args.command](args, judge, media or rows)
     except (ValueError, OSError) as error:
         raise SystemExit(f"reward.py: {error}") from error
-    text, = judge([comparison])
-    print(text if args.json else format_verdict(parse_verdict(text), args.prompt))
+
+
+def compare_command(args, judge, media):
+    text, = judge([Comparison(args.prompt, *media)])
+    verdict = parse_verdict(text)
+    print(text if args.json else format_verdict(verdict, args.prompt))
+    if args.html:
+        figures = "".join(_figure(f"{i}: {path}", m, verdict.winner == i) for i, (path, m) in enumerate(zip(args.items, media), 1))
+        write_report(args.html, args.prompt, figures + verdict_html(verdict))
+
+
+def rank_command(args, judge, media):
+    parts, columns, out, pairs, verdicts = [], {}, {}, [], []
+    for reward in open_rewards(args.reward, judge):
+        if reward[2]:
+            columns[reward[1]] = reward_values(reward, media, [args.prompt] * len(media))
+            parts.append((reward[0], normalize(columns[reward[1]])))
+            continue
+        pairs = schedule_pairs(len(media), args.pairs, random.Random(args.seed), args.both_orders)
+        verdicts = [parse_verdict(text) for text in judge([Comparison(args.prompt, media[i], media[j]) for i, j in pairs], progress=True)]
+        rates = win_rates(pairs, verdicts, len(media))
+        columns.update({"win rate": rates.overall, **rates.anchors})
+        parts.append((reward[0], group_advantages(rates, args.alpha)))
+        out = {"pairs": len(pairs), "ties": rates.num_ties, "undecided": rates.num_undecided, "first_position_wins": rates.first_position_wins}
+    columns["advantage"] = blend_advantages(parts)
+    order = columns["advantage"].argsort(descending=True, stable=True).tolist()
+    table = [[place, args.items[i], *(column[i].item() for column in columns.values())] for place, i in enumerate(order, 1)]
+    header, width = ["rank", "item", *columns], max(map(len, args.items))
+    if args.json:
+        print(json.dumps({"items": [dict(zip(header, row)) for row in table], **out,
+                          "verdicts": [{"first": args.items[i], "second": args.items[j], "text": v.text} for (i, j), v in zip(pairs, verdicts)]}))
+    else:
+        print(f"rank  {'item':{width}s}" + "".join(f"{name:>12.12s}" for name in columns))
+        for place, item, *values in table:
+            print(f"{place:4d}  {item:{width}s}" + "".join(f"{value:12.3f}" for value in values))
+        print(", ".join(f"{value} {name.replace('_', ' ')}" for name, value in out.items()))
+    if args.html:
+        figures = "".join(_figure(f"{place}. {args.items[i]}", media[i]) for place, i in enumerate(order, 1))
+        details = "".join(f"<details><summary>{html.escape(args.items[i])} against {html.escape(args.items[j])}: {_SAID[v.winner]}</summary>{verdict_html(v)}"
+                          "</details>" for (i, j), v in zip(pairs, verdicts))
+        write_report(args.html, args.prompt, figures + _table(header, table) + details)
+
+
+def eval_command(args, judge, rows):
+    prompts, media, labels, types = zip(*rows)
+    comparisons = [Comparison(prompt, *(load_media(item, args.num_frames) for item in pair)) for prompt, pair in zip(prompts, media)]
+    result = evaluate_judge(judge, comparisons, labels, random.Random(args.seed), types=types if any(types) else None, progress=True)
+    texts = [verdict.text for verdict in result.pop("verdicts")]
+    if args.json:
+        print(json.dumps(result | {"texts": texts}))
+        return
+    for name, value in [*result.items(), *result["by_type"].items()]:
+        if isinstance(value, (int, float)):
+            span = "  95 %: {:.3f} to {:.3f}".format(*result[name + "_95"]) if name + "_95" in result else ""
+            print(f"  {name:22s} " + (f"{value:.3f}" if isinstance(value, float) else f"{value}") + span)
+
+
+def score_command(args, judge, media):
+    scores = score_items(judge, media, [args.prompt] * len(media))
+    if args.json:
+        print(json.dumps([{"item": item, **asdict(score)} for item, score in zip(args.items, scores)]))
+    else:
+        for item, score in zip(args.items, scores):
+            print(f"{item}: {'no score' if score.value is None else format(score.value, 'g')}" + "".join(f"  {name} {value:g}" for name, value in score.parts.items())
+                  + "".join(f"\n   ! {issue}" for issue in score.issues))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ and the driver (any diffusers pipeline as a policy). Legend: B records, T tokens
 import argparse
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
-from data import batch_indices, comparison, encode, know_toy_classes, load_media, open_records, toy_models, toy_world, WINNERS
-from reward import LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_processor
+from data import batch_indices, comparison, encode, know_toy_classes, open_records, toy_models, toy_world, WINNERS
+from reward import LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media, load_processor
 
 # ================================================================================================ toolbox
 # What every stage needs and nobody tweaks per stage. Plain arguments in, no name from outside: paste the block to stand alone.
@@ -559,8 +560,8 @@ def parse_args(argv=None):
     add("--lr", type=float, help="peak learning rate  [judge 2e-3, generator 4e-3]")
     add("--weight-decay", type=float, default=.01)
     add("--warmup-steps", type=int, default=60)
-    add("--max-steps", type=int, help="optimizer steps  [judge 850, generator 750]")
-    add("--batch-size", type=int, help="records per rank per micro-step  [judge 32, generator 128]")
+    add("--max-steps", type=int, help="optimizer steps  [judge 1400, generator 750]")
+    add("--batch-size", type=int, help="records per rank per micro-step  [judge 16, generator 128]")
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
     add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
     # run
@@ -573,7 +574,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
     judge = args.task == "judge"
-    defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=850 if judge else 750, batch_size=32 if judge else 128, eval_num=600 if judge else 256,
+    defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=1400 if judge else 750, batch_size=16 if judge else 128, eval_num=600 if judge else 256,
                     out=f"out/{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
                     max_new_tokens=256 if args.model == "toy" else 2048)
     for name, value in defaults.items():
@@ -598,7 +599,7 @@ def response_loss(model, batch):
 
 class Judge:
     """Any image-text-to-text model of transformers, on trace records."""
-    window, adapter_file, curves = 8, "adapter_model.safetensors", ["loss", "grad_norm", "lr"]
+    adapter_file, curves = "adapter_model.safetensors", ["loss", "grad_norm", "lr"]
 
     def __init__(self, args, ranks):
         if args.model == "toy":
@@ -614,6 +615,7 @@ class Judge:
         self.modules, self.args, self.device = {"base_model.model.": self.model}, args, ranks.device
         self.records = open_records(args.data, "trace", args.max_steps * args.batch_size * args.accumulation * ranks.world, args.seed,
                                     args.skip_bad)
+        self.window = 8 if isinstance(self.records, list) else 1                # by length, toy batches would hold one type of prompt each
 
     def batch(self, indices, step):
         """(what loss() takes, its number of labelled tokens) for these records."""
@@ -716,12 +718,18 @@ def main(argv=None):
     if ranks.rank == 0:
         print(f"{args.task}: {sum(p.numel() for p in params.values()) / 1e6:.2f}M trained parameters, {len(task.records)} records, "
               f"{per_step} a step = {args.batch_size} x {args.accumulation} accumulated x {ranks.world} ranks", flush=True)
+
+    def make_batches(step):
+        indices = batch_indices(task.records, per_step, step, args.seed, task.window)[ranks.rank::ranks.world]
+        return [task.batch(indices[i:i + args.batch_size], step) for i in range(0, len(indices), args.batch_size)]
+
+    loader = ThreadPoolExecutor(1)                                              # makes a step's batches while the last step trains
+    coming = loader.submit(make_batches, first)
     bar = tqdm(range(first, args.max_steps), initial=first, total=args.max_steps, disable=ranks.rank > 0)
     for step in bar:
-        began = time.time()
+        began, batches = time.time(), coming.result()
+        coming = loader.submit(make_batches, step + 1) if step + 1 < args.max_steps else None
         lr = set_lr(optimizers, args.lr, step, args.warmup_steps, args.max_steps)
-        indices = batch_indices(task.records, per_step, step, args.seed, task.window)[ranks.rank::ranks.world]
-        batches = [task.batch(indices[i:i + args.batch_size], step) for i in range(0, len(indices), args.batch_size)]
         num_targets = total(sum(n for _, n in batches), ranks)                  # of the whole global batch
         loss = 0.0
         for batch, _ in batches:

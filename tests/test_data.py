@@ -79,7 +79,7 @@ def test_order_covers_each_epoch_once_and_depends_on_the_seed():
 
 def test_labels_are_the_response_and_nothing_else(judge_folder):
     processor, world = load_processor(judge_folder), data.toy_world()
-    records = [world.Records("train", "trace", 2)[0], world.Records("train", "caption", 2)[1]]
+    records = [world.Records("train", "trace", 2)[0], {"images": world.Records("train", "image", 2)[1]["images"], "instruction": "Describe.", "response": "a red star"}]
     batch = data.encode(processor, records, [r["response"] for r in records], "Compare: {prompt}")
     for row, record in zip(range(2), records):
         on = batch["labels"][row] != -100

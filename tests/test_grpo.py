@@ -8,6 +8,7 @@ import torch
 from torch.distributions import Normal
 
 import grpo
+import reward
 import sft
 from sft import generator
 from test_sft import GRPO, rows, weights
@@ -99,18 +100,24 @@ def test_judge_groups_counts_and_stays_within_groups():
     """A fake judge that likes bright images: advantages follow brightness in each group, whatever the other group holds."""
     from PIL import Image
     from test_dpo import GOOD
-    groups = [[Image.new("RGB", (4, 4), (v, v, v)) for v in values] for values in ((10, 30, 20), (250, 200, 240))]
+    images, prompts = [Image.new("RGB", (4, 4), (v, v, v)) for v in (10, 30, 20, 250, 200, 240)], ["a"] * 3 + ["b"] * 3
 
     def judge(comparisons):
         better = [1 if c.media_1[0].getpixel((0, 0)) > c.media_2[0].getpixel((0, 0)) else 2 for c in comparisons]
         return [GOOD.replace("Image 1", f"Image {w}").replace('_1":7', f'_1":{7 if w == 1 else 3}')
                 .replace('_2":3', f'_2":{3 if w == 1 else 7}') for w in better]
-    args = SimpleNamespace(group_size=3, pairs="all", alpha=.7, std_floor=0.0, adv_clip=5.0)
-    advantages, counts, bad = grpo.judge_groups(judge, ["a", "b"], groups, [random.Random(0)] * 2, args)
-    torch.testing.assert_close(advantages, torch.tensor([[-1., 1., 0.], [1., -1., 0.]]))
+    args = SimpleNamespace(group_size=3, pairs="all", both_orders=False, category_weights=[1, 1, 1], alpha=.7, std_floor=0.0, adv_clip=5.0)
+    flex, rngs = [(1.0, "flex", None)], [random.Random(0)] * 2
+    advantages, counts, bad = grpo.judge_groups(judge, flex, prompts, images, rngs, args)
+    torch.testing.assert_close(advantages, torch.tensor([-1., 1., 0., 1., -1., 0.]))
     assert counts["verdicts"] == 6 and counts["undecided"] == counts["ties"] == counts["dead"] == 0 and not bad
-    advantages, counts, bad = grpo.judge_groups(lambda c: ["?"] * len(c), ["a", "b"], groups, [random.Random(0)] * 2, args)
-    assert counts["undecided"] == 6 and counts["dead"] == 2 and advantages.eq(0).all() and bad == ["?"]
+    args.both_orders = True
+    advantages, counts, bad = grpo.judge_groups(lambda c: ["?"] * len(c), flex, prompts, images, rngs, args)
+    assert counts["undecided"] == 12 and counts["dead"] == 2 and advantages.eq(0).all() and bad == ["?"]
+    index = (.3, "index", lambda media, prompts: [0, 0, 0, 5, 6, 7])            # a further reward, told apart inside its group only
+    advantages, counts, _ = grpo.judge_groups(judge, [(.7, "flex", None), index], prompts, images, rngs, args)
+    torch.testing.assert_close(advantages, torch.tensor([-.7, .7, 0, .7 - .3, -.7, .3]))
+    assert counts["reward/index"] == 18 and counts["verdicts"] == 12
 
 
 def run_grpo(generator_folder, judge_folder, out, *extra):
@@ -121,7 +128,7 @@ def fake_verdicts(monkeypatch):
     """The untrained judge's texts replaced by verdicts drawn from the images, so that there is something to learn from."""
     from test_dpo import GOOD
     pick = lambda c: 1 if sum(c.media_1[0].tobytes()) > sum(c.media_2[0].tobytes()) else 2
-    monkeypatch.setattr(grpo.LocalJudge, "__call__", lambda self, comparisons, **k: [GOOD.replace("Image 1", f"Image {pick(c)}") for c in comparisons])
+    monkeypatch.setattr(reward.LocalJudge, "__call__", lambda self, comparisons, **k: [GOOD.replace("Image 1", f"Image {pick(c)}") for c in comparisons])
 
 
 @pytest.mark.parametrize("lora", ["0", "4"])

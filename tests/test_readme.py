@@ -36,15 +36,18 @@ def test_the_toy_commands_run_in_order(tmp_path, monkeypatch, capsys):
     texts = iter([GOOD, GOOD.replace('"winner":"Image 1"}', '"winner":"Image 2"}')] * 10_000)
     monkeypatch.setattr(dpo, "build_preferences", lambda judge, pairs, *a, **k: data.build_preferences(
         lambda comparisons, **k: [next(texts) for _ in comparisons], pairs, *a, **k))
-    for name in "AB":
-        Image.new("RGB", (48, 48), {"A": "red", "B": "blue"}[name]).save(tmp_path / f"{name}.png")
+    for name, color in zip("ABC", ("red", "blue", "green")):
+        Image.new("RGB", (48, 48), color).save(tmp_path / f"{name}.png")
+    for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        (tmp_path / name).write_text(text)
     for command in commands():
         words = shlex.split(command)
         if words[0] != "python" or words[1] not in STAGES or any("/" in w and "out/" not in w or w.isupper() and len(w) > 3 for w in words[2:]):
             continue                                 # pip, pytest, and real models: those are parsed below
         STAGES[words[1]].main(words[2:] + shlex.split(SMALL.get(words[1], "")))
         ran.append(words[1])
-    assert ran[:4] == ["sft.py", "dpo.py", "sft.py", "grpo.py"] and "reward.py" in ran
+    assert ran[:4] == ["sft.py", "dpo.py", "sft.py", "grpo.py"] and ran.count("reward.py") == 4
+    assert "data:image/png" in (tmp_path / "group.html").read_text()
     assert {"judge-sft", "judge-dpo", "generator-sft", "grpo"} <= {p.name for p in (tmp_path / "out").iterdir()}
     for picture in ("judge-sft/verdict.png", "judge-dpo/verdict.png", "generator-sft/samples.png", "grpo/before_after.png"):
         assert Image.open(tmp_path / "out" / picture).size[0] > 100

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reward
 from reward import (Category, Comparison, LocalJudge, Verdict, WinRates, build_messages, evaluate_judge, format_verdict,
-                    group_advantages, instruction, load_processor, parse_verdict, schedule_pairs, win_rates, without_video)
+                    group_advantages, instruction, load_processor, parse_score, parse_verdict, schedule_pairs, win_rates, without_video)
 
 NAMES = ("A. Semantic Alignment", "B. Image Quality", "C. Aesthetics")
 
@@ -89,6 +91,20 @@ TEXTS = [   # (what the judge said, the winner, categories read)
     (json.dumps(answer(categories=None)), 1, 0), (json.dumps(answer(categories="A")), 1, 0), (json.dumps(answer("Image 2", categories={})), 2, 0),
     (json.dumps(answer(categories=[None, 3, [], {}, {"name": 4}, category(), {"name": "B. x", "dims": [None, "x", {}]}])), 1, 2),
     (GOOD.replace('"since"', "NaN"), 1, 3), (GOOD.replace("7", "1e999"), 1, 3), (GOOD.replace("7", "9" * 5000), 1, 3),
+    # UnifiedReward's ranking, image and video, generation and understanding
+    ("Image 1 is better than Image 2.", 1, 0), ("**Video 2 is better than Video 1.**", 2, 0), ("Both videos are equally good.", 0, 0),
+    ("Image 1 shows 1.5 stars. Image 2 is sharper.\nTherefore, Image 2 is better than Image 1.", 2, 0), ("The second response is better.", 2, 0),
+    ("Answer 1 is better", 1, 0), ("Conclusion: Image 1 is slightly better than Image 2", 1, 0), ("Both images are equally bad", 0, 0),
+    ("Image 1 is better than Image 2. Image 2 is better than Image 1.", None, 0), ("Image 1 is not better than Image 2.", None, 0),
+    ("If the star counts, Image 1 is better than Image 2", None, 0), ("Is Image 1 better than Image 2?", None, 0), ("Image 1 is better than Image 1.", None, 0),
+    ("Image 1 is better aligned, Image 2 looks better", None, 0), ("I cannot say that\nwhether Image 1 is better", None, 0),
+    # UnifiedReward-Think
+    ("<think>Image 2 is better than Image 1. No.</think><answer>Image 1 is better</answer>", 1, 0), ("<answer>Video 2 is better</answer>", 2, 0),
+    ("<think>1. Semantic consistency:\n  Image 1 (9/10) - all there;\n  Image 2 (4/10) - no star\n2. Style: \n Image 1 (5/10) - flat;\n Image 2 (6/10) - rich\n"
+     "Total score:\nImage 1: 9+5=14\nImage 2: 4+6=10\n</think>\n<answer>Image 1 is better</answer>", 1, 1),
+    ("<think>Image 1 is better.", None, 0), ("<think>x</think><answer>Image 1 is bet", None, 0), ("<answer>Image 1</answer><answer>Image 2</answer>", None, 0),
+    ("<answer>Image 1 or Image 2</answer>", None, 0), ("<answer></answer>Image 1 is better.", None, 0), ("<answer>2</answer>", 2, 0),
+    (reward.Failure("Image 1 is better than Image 2."), None, 0), (reward.Failure(GOOD), None, 0),
 ]
 
 
@@ -97,9 +113,57 @@ def test_parse(text, winner, num_categories):
     verdict = parse_verdict(text)
     assert (verdict.winner, len(verdict.categories)) == (winner, num_categories), verdict.issues
     assert verdict.text == text and isinstance(format_verdict(verdict, "p"), str)
-    strict = text in (GOOD, OTHER) or text in (json.dumps(answer("Tie")), json.dumps(answer(), indent=2))
+    strict = text in (GOOD, OTHER, json.dumps(answer("Tie")), json.dumps(answer(), indent=2)) and not isinstance(text, reward.Failure)
     assert not verdict.issues or not strict
     assert verdict.issues or winner is not None
+
+
+def test_think_keeps_its_criteria():
+    text = next(text for text, _, _ in TEXTS if text.startswith("<think>1. Semantic"))
+    first, second = parse_verdict(text).categories[0].dims
+    assert (first.name, first.reason_1, first.reason_2, first.score_1, first.score_2) == ("Semantic consistency", "all there", "no star", 9, 4)
+    assert (second.name, second.score_2, second.reason_2) == ("Style", 6, "rich")
+
+
+def damage(draw, text):
+    """One thing that models and transports do to a text."""
+    kind = draw(st.sampled_from(["cut", "drop", "insert", "repeat", "case", "fence", "around"]))
+    i, j = sorted((draw(st.integers(0, len(text))), draw(st.integers(0, len(text)))))
+    if kind == "cut":
+        return text[:i]
+    if kind == "drop":
+        return text[:i] + text[min(j, i + 20):]
+    if kind == "insert":
+        return text[:i] + draw(st.sampled_from(['"', "{", "}", "[", "]", ",", "\\n", "\\", ":", "null", "Image", "winner", "not "])) + text[i:]
+    if kind == "repeat":
+        return text[:i] + text[i:min(j, i + 40)] + text[i:]
+    return {"case": text.lower(), "fence": f"```json\n{text}\n```", "around": f"I think {{so}}. {text} That is all."}[kind]
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_damaged_verdict_gives_the_true_winner_or_none(data):
+    said = data.draw(st.sampled_from(["Image 1", "Image 2", "Video 2"]))
+    others = [data.draw(st.sampled_from(["Image 1", "Image 2", "Tie"])) for _ in NAMES]
+    text = json.dumps(answer(said, categories=[category(name, w) for name, w in zip(NAMES, others)]))
+    for _ in range(data.draw(st.integers(1, 3))):
+        text = damage(data.draw, text)
+    assert parse_verdict(text).winner in (None, int(said[-1])), text
+
+
+SCORES = [  # (text, value, number of parts)
+    ("Alignment Score (1-5): 4\nCoherence Score (1-5): 3.5\nStyle Score (1-5): 3", 3.5, 3), ("Final Score: 4", 4, 0), ("**Final Score:** 3.5/5", 3.5, 0),
+    ("a red circle (object): 1\nred (attribute): 0\nFinal Score: 2", 2, 2), ("visual quality: 4\ntemporal consistency: 3\ndynamic degree: 3\nFinal Score: 6", 6, 3),
+    ("The answer is helpful.\nFinal Score: 87", 87, 0), ("Alignment Score (1-5): 4\nCoherence (Physics) Score (1-5): 2", 3, 2), ("final score (1-5): 3", 3, 0),
+    ("Final Score: 3\nFinal Score: 4", None, 0), ("Final Score: 3. Indeed Final Score: 3", 3, 0), ("Final Score: 1-5", None, 0), ("Final Score: x", None, 0),
+    ("Final Score: 123456789", None, 0), ("Final Score:", None, 0), ("", None, 0), ("Final Score: nan", None, 0), ("4", None, 0), ("Final Score: -1.5", -1.5, 0),
+    ("Final Score: x\nStyle Score (1-5): 3", None, 1), (reward.Failure("Final Score: 4"), None, 0)]
+
+
+@pytest.mark.parametrize("text,value,num_parts", SCORES)
+def test_scores_by_themselves(text, value, num_parts):
+    score = parse_score(text)
+    assert (score.value, len(score.parts)) == (value, num_parts) and bool(score.issues) == (value is None)
 
 
 def test_parse_keeps_every_field():

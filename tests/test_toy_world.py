@@ -52,7 +52,7 @@ def test_oracle_agrees_with_the_scenes():
         prompt = W.sample_prompt(rng)
         scene = W.sample_scene(prompt, rng, defects=rng.random() < .5)
         seen = W.facts(prompt, scene)
-        names = W.CONTENT[prompt["type"]] + ["Relation accuracy"] * (prompt["type"] == "spatial")
+        names = W.content(prompt) + ["Relation accuracy"] * (prompt["type"] == "spatial")
         hits += W.success(prompt, W.render(prompt, scene)) == all(seen[name][1] == 2 for name in names)
     assert hits / n > .95
 

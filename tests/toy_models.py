@@ -17,23 +17,23 @@ PATCH, MERGE = 8, 2                                  # one visual token covers a
 INSTRUCTION = "Compare the images for: {prompt}"     # a tiny judge reads a short one
 SPECIAL = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
            "vision_end_token": "<|vision_end|>"}
-PIECES = (r"""[\]},{\["]*"(?:categories":\[\{"name":"[^"]*","dims":\[\{"|name":"[A-D]\.[^"]*","dims":\[\{")?name":"[^".]*","reason_1":"|"""
+PIECES = (r"""[\]},{\["]*"(?:categories":\[\{"name":"[^"]*","dims":\[\{"|name":"[A-D]\.[^"]*","dims":\[\{")?name":"(?:the\b|[^".]*","reason_1":")|"""
           r"""[\]},{\["]*"[a-z_0-9]+":"?|, (?:correct|partial|wrong)|: (?:looks|content) decides?|Image \d|"""
-          r""" leads on [A-Z][a-z]+(?: [a-z]+)?| ?[A-Za-z]+| ?\d|[^\sA-Za-z\d]+|\s+""")    # a rubric's line begins with one token
-CHAT = """{%- for m in messages -%}<|im_start|>{{ m['role'] + '\\n' }}{%- if m['content'] is string -%}{{ m['content'] }}{%- else -%}
-{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ c['text'] }}{%- endif -%}
-{%- endfor -%}{%- endif -%}<|im_end|>{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"""
+          r""" leads on (?:the\b|[A-Z][a-z]+(?: [a-z]+)?)| ?[A-Za-z]+| ?\d|[^\sA-Za-z\d]+|\s+""")   # a rubric's line begins with one token
+CHAT = """{%- set n = namespace(images=0) -%}{%- for m in messages -%}<|im_start|>{{ m['role'] + '\\n' }}{%- if m['content'] is string -%}
+{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}{%- set n.images = n.images + 1 -%}
+{{ 'Image ' ~ n.images }}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ c['text'] }}{%- endif -%}
+{%- endfor -%}{%- endif -%}<|im_end|>{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant{%- endif -%}"""
 
 
 def make_judge_tokenizer(vocab_size=768, num_texts=2000):
     """A byte-level BPE trained on the teacher's traces; pieces such as `","score_1":` become single tokens."""
-    traces, captions = W.Records("train", "trace", num_texts), W.Records("train", "caption", num_texts // 4)
-    corpus = [r[k] for records in (traces, captions) for r in records for k in ("response", "prompt")]
+    corpus = [r[k] for r in W.Records("train", "trace", num_texts) for k in ("response", "prompt")]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    corpus += ["Compare the images for: ", "Describe for: ", "user\n", "assistant\n"] * 50
+    corpus += [INSTRUCTION, "user\n", "assistant"] * num_texts              # words of every prompt become single tokens
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL.values()]))

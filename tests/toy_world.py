@@ -93,7 +93,7 @@ def sample_scene(prompt, rng, num_faults=None, defects=True):
     objects = [(c or free[i], s) for i, (c, s) in enumerate(prompt["objects"])] if pair else prompt["objects"] * prompt["count"]
     scene = Scene(list(objects), prompt["relation"] or rng.choice(list(RELATIONS)), rng.getrandbits(32))
     faults = {"single": "color shape missing surplus", "count": "color shape count count surplus", "two": "shape missing surplus",
-              "binding": "color shape missing swap surplus", "spatial": "color shape missing swap relation relation surplus"}[kind].split()
+              "binding": "color shape missing swap swap surplus", "spatial": "color shape missing swap relation relation surplus"}[kind].split()
     if num_faults is None:
         num_faults = rng.choices([0, 1, 2], [.4, .45, .15])[0]
     for fault in sorted(set(rng.choices(faults, k=num_faults))):
@@ -185,7 +185,7 @@ def render(prompt, scene):
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
     canvas[:] = rng.choice(CLASHING if scene.background == "clashing" else PLAIN)
     if scene.background in ("tinted", "tiled"):      # a colour cast, on the whole or cell by cell
-        strength, cast = rng.uniform(12, 45), noise.randn(1 if scene.background == "tinted" else 9, 3)
+        strength, cast = 6 * 7.5 ** rng.random(), noise.randn(1 if scene.background == "tinted" else 9, 3)
         cast = (cast - cast.max(1, keepdims=True)) / np.ptp(cast, axis=1, keepdims=True) * strength
         canvas += np.broadcast_to(cast, (9, 3)).reshape(3, 3, 3).repeat(CELL, 0).repeat(CELL, 1)
 
@@ -212,24 +212,29 @@ def render(prompt, scene):
     if scene.blurry:
         canvas = np.asarray(Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(2)), np.float32)
     if scene.noisy:
-        canvas = canvas + noise.randn(SIZE, SIZE, 3) * rng.uniform(20, 40)
+        canvas = canvas + noise.randn(SIZE, SIZE, 3) * rng.uniform(12, 40)
     return Image.fromarray(canvas.clip(0, 255).round().astype(np.uint8))
 
 
 # ---------------------------------------------------------------- the teacher
 
-CONTENT = {"single": ["Object shape", "Color accuracy", "Object count"], "count": ["Object count", "Object shape", "Color accuracy"],
-           "two": ["First object", "Second object", "Object count"],
-           "binding": ["First object", "Second object", "Attribute binding", "Object count"],
-           "spatial": ["First object", "Second object", "Object count"]}
 WEIGHTS = {"A": 5, "D": 4, "B": 3, "C": 1.5}         # people's weights; a category counts by its sign
+
+
+def content(prompt):
+    """The sub-dimensions of category A for this prompt; each of two wanted objects is one, by its name."""
+    if prompt["type"] in PAIR_TYPES:
+        names = [" ".join(["the", *filter(None, wanted)]) for wanted in prompt["objects"]]
+        return names + ["Attribute binding"] * (prompt["type"] == "binding") + ["Object count"]
+    names = ["Object shape", "Color accuracy"]
+    return [*names, "Object count"] if prompt["type"] == "single" else ["Object count", *names]
 
 
 def rubric(prompt):
     """The categories and sub-dimensions for this prompt: the three anchors, and a self-added D where it asks for a relation."""
     spread = "Centering" if prompt["type"] == "single" else "Balance"
     added = [("D. Spatial Relation", ["Relation accuracy", "Separation", "Completeness"])] * (prompt["type"] == "spatial")
-    return [("A. Semantic Alignment", CONTENT[prompt["type"]]), ("B. Image Quality", ["Clarity", "Exposure", "Artifacts"]),
+    return [("A. Semantic Alignment", content(prompt)), ("B. Image Quality", ["Clarity", "Exposure", "Artifacts"]),
             ("C. Aesthetics", [spread, "Background", "Object scale"])] + added
 
 
@@ -237,17 +242,18 @@ def facts(prompt, scene):
     """{sub-dimension: (what is seen, level 0..2)} of one image."""
     out, seen, mark = {}, scene.visible(), ["wrong", "partial", "correct"]
     blended = scene.objects[scene.blend[0]] if scene.blend else None
+    pair = scene.objects if prompt["type"] in PAIR_TYPES else []
 
     def say(name, text, level):
         out[name] = (f"{text}, {mark[level]}", level)
 
-    if prompt["type"] in PAIR_TYPES:
+    if pair:
         levels = []
-        for name, want, got in zip(["First object", "Second object"], prompt["objects"], scene.objects):
+        for name, want, got in zip(content(prompt), prompt["objects"], pair):
             level = 0 if got is None else 1 if got == blended else (want[0] in (None, got[0])) + (want[1] == got[1])
             say(name, "missing" if got is None else "unclear" if got == blended else " ".join(got), level)
             levels.append(level)
-        swapped = all(scene.objects) and [o[0] for o in scene.objects] == [o[0] for o in prompt["objects"]][::-1]
+        swapped = all(pair) and [o[0] for o in pair] == [o[0] for o in prompt["objects"]][::-1]
         say("Attribute binding", "kept" if levels == [2, 2] else "swapped" if swapped else "broken", 2 * (levels == [2, 2]))
         wanted = 2
     else:
@@ -266,7 +272,7 @@ def facts(prompt, scene):
     if not any(scene.objects):
         out["Centering"] = out["Balance"] = out["Object scale"] = ("empty", 0)
     out["Background"] = (scene.background, 2 if scene.background == "plain" else 0)
-    whole = all(scene.objects)
+    whole = all(pair)
     say("Relation accuracy", scene.relation if whole else "unclear", 2 * (whole and scene.relation == prompt["relation"]))
     out["Separation"] = ("crowded", 0) if scene.crowded else ("clear gap", 2)
     out["Completeness"] = ("both present", 2) if whole else ("one missing", 0)
@@ -303,17 +309,11 @@ def judge_pair(prompt, scene_1, scene_2, rng=None):
     return dict(categories=categories, reason=reason, winner=names[winner]), label
 
 
-def caption(prompt, scene):
-    """Everything that the teacher sees in one image, as one line: the toy judge's eyes are trained on it first."""
-    seen = facts(prompt, scene)
-    return ", ".join(f"{d}: {seen[d][0]}" for _, dims in rubric(prompt) for d in dims)
-
-
 class Records:
     """Toy records of data.py's kinds, made when asked for: record i of a split is a function of (split, kind, seed, i).
 
     split  train: prompts that are trained on; val, test: held-out prompts; scenes: trained prompts in scenes of their own
-    kind   trace: the imperfect teacher's verdict as "response"; pair: people's label alone, hard ones often; caption: one image described;
+    kind   trace: the imperfect teacher's verdict as "response"; pair: people's label alone, to train on often a hard one;
            image: a captioned picture for the base generator, 30 % of them faulty, 5 % of poor looks; prompt: only the prompt
     """
 
@@ -330,23 +330,15 @@ class Records:
         kinds = KINDS + ["binding", "spatial"] * (self.kind == "trace")         # the harder types more often where judges learn
         return rng, sample_prompt(rng, self.split in ("val", "test"), kinds)
 
-    def length(self, i):
-        """The order of record i among the others by length: traces of spatial prompts have a category more."""
-        return KINDS.index(self.draw(i)[1]["type"])
-
     def __getitem__(self, i):
         rng, prompt = self.draw(i)
         record = dict(prompt=prompt["text"], type=prompt["type"], toy_prompt=prompt)
         if self.kind == "prompt":
             return record
-        if self.kind in ("caption", "image"):
-            base = self.kind == "image"
-            scene = sample_scene(prompt, rng, int(rng.random() < .3) if base else None, defects=rng.random() < .05 if base else True)
-            record["images"] = [render(prompt, scene)]
-            if not base:
-                record.update(instruction=f"Describe for: {prompt['text']}", response=caption(prompt, scene))
+        if self.kind == "image":
+            record["images"] = [render(prompt, sample_scene(prompt, rng, int(rng.random() < .3), defects=rng.random() < .05))]
             return record
-        hard = rng.random() < (.3 if self.kind == "pair" and self.split == "train" else .06)
+        hard = rng.random() < (.3 if self.kind == "pair" and self.split == "train" else .05)
         ties = self.kind == "trace" and rng.random() < .1
         while True:                                  # a share of hard pairs: content against looks; ties only to train on
             scenes = [sample_scene(prompt, rng), sample_scene(prompt, rng)]

@@ -1,0 +1,409 @@
+"""reward.py's judges behind a server, other rewards, media and commands. CPU; the only network is the loopback."""
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import reward
+from reward import (Candidate, Comparison, Failure, LocalJudge, ServerJudge, accuracy, blend_advantages, evaluate_judge, group_advantages,
+                    interval, load_media, normalize, open_rewards, parse_verdict, reward_values, schedule_pairs, win_rates)
+from test_reward import GOOD, NAMES, answer, category, rates_of, verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def picture(color="red", size=(16, 16)):
+    return Image.new("RGB", size, color)
+
+
+def question(text):
+    return Comparison(text, [picture("red")], [picture("blue")])
+
+
+# ------------------------------------------------------------------------------------------------ a server that misbehaves
+
+@contextlib.contextmanager
+def server(behave):
+    """The URL and the list of requested prompts of a server whose POSTs go to behave(handler, text, number of requests so far)."""
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def reply(self, status, data, length=None, kind="application/json", headers=()):
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(data) if length is None else length))
+            for header in headers:
+                self.send_header(*header)
+            self.end_headers()
+            self.wfile.write(data)
+            self.wfile.flush()
+
+        def say(self, text):
+            self.reply(200, json.dumps({"choices": [{"message": {"content": text}}]}).encode())
+
+        def do_GET(self):
+            self.reply(200, json.dumps({"data": [{"id": "toy"}]}).encode())
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            parts = body["messages"][0]["content"]
+            assert [part["type"] for part in parts[:-1]] == ["image_url"] * (len(parts) - 1) and body["temperature"] == 0 and body["seed"] == 0
+            seen.append(parts[-1]["text"])
+            behave(self, parts[-1]["text"], len(seen))
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.daemon_threads = True
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{httpd.server_port}", seen
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def judge_of(*urls, **options):
+    return ServerJudge(urls, **{"template": "{prompt}", "timeout": 1.0, "retries": 1, "model": "toy", **options})
+
+
+def hang(handler, text, n):
+    time.sleep(3)
+
+
+def drip(handler, text, n):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        for _ in range(30):
+            handler.wfile.write(b" ")
+            time.sleep(.1)
+
+
+MISCHIEF = [    # (what the server does, words of the failure, requests per question)
+    (lambda h, text, n: h.reply(500, b"out of memory"), "HTTP 500: out of memory", 2), (lambda h, text, n: h.reply(429, b""), "HTTP 429", 2),
+    (lambda h, text, n: h.reply(400, b"too long"), "HTTP 400: too long", 1), (hang, "timed out", 2), (drip, "no whole answer within 1 s", 2),
+    (lambda h, text, n: h.reply(200, b'{"choices": [{"mess'), "not a chat completion", 1),
+    (lambda h, text, n: h.reply(200, b'{"choices": [', 4000), "", 2), (lambda h, text, n: h.reply(200, b'{"choices": []}'), "IndexError", 1),
+    (lambda h, text, n: h.reply(200, b'{"choices": [{"message": {"content": null}}]}'), "holds no text", 1), (lambda h, text, n: h.reply(200, b"7"), "not a chat", 1),
+    (lambda h, text, n: h.reply(200, b"<html>sign in</html>", kind="text/html"), "sign in", 1), (lambda h, text, n: h.connection.close(), "", 2)]
+
+
+@pytest.mark.parametrize("behave,words,tries", MISCHIEF)
+def test_a_failure_is_marked_counted_and_no_answer(behave, words, tries):
+    with server(behave) as (url, seen):
+        start = time.perf_counter()
+        texts = judge_of(url)([question("a"), question("b")])
+        assert time.perf_counter() - start < 8 and len(seen) == 2 * tries
+    assert all(isinstance(text, Failure) and words in text and url in text for text in texts), texts
+    verdicts = [parse_verdict(text) for text in texts]
+    rates = win_rates([(0, 1), (1, 0)], verdicts, 2)
+    assert rates.num_undecided == 2 and group_advantages(rates).tolist() == [0, 0]
+
+
+def test_refused_connections_say_so_at_the_start_and_later():
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(ValueError, match=f"no judge answers: {url}: .*refused.*vllm serve"):
+        judge_of(url, model=None)
+    text, = judge_of(url)([question("a")])
+    assert isinstance(text, Failure) and "refused" in text and "after 2 tries" in text
+
+
+def test_answers_keep_their_order_and_move_to_the_server_that_lives(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")                      # the loopback is not asked through it
+
+    def behave(handler, text, n):
+        time.sleep(random.random() * .05)
+        if text in ("q3", "q5") and f"{text} again" not in handler.server.__dict__:
+            handler.server.__dict__[f"{text} again"] = True
+            handler.reply(503 if text == "q3" else 429, b"busy")
+        else:
+            handler.say(f"answer to {text}" if text != "q7" else "")
+    with server(behave) as (url, seen):
+        judge = judge_of(f"http://127.0.0.1:{free_port()}", url + "/v1/", model=None, concurrency=4, retries=3)
+        assert judge.body["model"] == "toy"
+        texts = judge([question(f"q{i}") for i in range(12)] + [Candidate("one", [picture()])], progress=True)
+        assert texts[:12] == [f"answer to q{i}" * (i != 7) for i in range(12)] and "Final Score" in seen[-1] + seen[-2] + seen[-3] + seen[-4]
+
+
+def test_a_server_that_dies_in_the_middle_costs_only_what_it_had_not_answered():
+    def behave(handler, text, n):
+        if n > 4:
+            handler.server.server_close()                                       # no further connection is taken
+            handler.connection.close()
+        else:
+            handler.say(GOOD)
+    with server(behave) as (url, seen):
+        texts = judge_of(url, concurrency=1)([question(f"q{i}") for i in range(10)])
+    assert texts[:4] == [GOOD] * 4 and all(isinstance(text, Failure) for text in texts[4:])
+    result = evaluate_judge(lambda asked: texts, [question("p")] * 10, [1] * 10, random.Random(0), swap=False)
+    assert result["failures"] == 6 and result["parse_rate"] == .4
+
+
+def test_transformers_serve_answers_like_the_local_judge(judge_folder, tmp_path):
+    """The toy judge behind the server that comes with transformers; hub access is switched off, as on cluster nodes."""
+    port, log = free_port(), open(tmp_path / "log", "w")
+    script = ("import sys, transformers; sys.path[:0] = [%r]; from reward import without_video; from transformers.cli.transformers import main; "
+              "transformers.AutoProcessor.register(transformers.Qwen3VLConfig, without_video(transformers.Qwen3VLProcessor), exist_ok=True); "
+              "sys.argv = ['transformers', 'serve', %r, '--host', '127.0.0.1', '--port', '%d', '--device', 'cpu', '--dtype', 'float32']; main()" % (str(ROOT), judge_folder, port))
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        judge, end = None, time.time() + 120
+        while judge is None:
+            try:
+                judge = ServerJudge([f"http://127.0.0.1:{port}"], template="{prompt}", max_new_tokens=12, timeout=60, model=judge_folder)
+                judge._open(judge.urls[0] + "/v1/models")
+            except (OSError, ValueError):
+                assert process.poll() is None and time.time() < end, (tmp_path / "log").read_text()[-3000:]
+                judge = time.sleep(.5)
+        asked = [Comparison(f"a {color} star", [picture(color, (48, 48))], [picture("blue", (48, 48))]) for color in ("red", "green")]
+        local = LocalJudge(judge_folder, template="{prompt}", max_new_tokens=12)
+        texts = judge(asked)
+        assert texts == local(asked) and not any(isinstance(text, Failure) for text in texts), texts
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+# ------------------------------------------------------------------------------------------------ the arithmetic of batches
+
+def brute_force(groups, pairs, winners, anchors, weights, alpha, blend):
+    """Advantages by loops, straight from the definitions; anchors: [{anchor: winner}] per pair."""
+    out = [0.0] * len(groups)
+    rate = {}
+    for i in range(len(groups)):
+        def share(votes):
+            mine = [(.5 if w == 0 else float((w == 1) == (a == i))) for (a, b), w in zip(pairs, votes) if i in (a, b) and w is not None]
+            return sum(mine) / len(mine) if mine else None
+        each = {d: share([v.get(d) for v in anchors]) for d in "ABC"}
+        known = {d: r for d, r in each.items() if r is not None}
+        category = sum(weights[d] * r for d, r in known.items()) / sum(weights[d] for d in known) if known else None
+        rate[i] = category, share(winners)
+
+    def z(values):
+        known = [v for v in values if v is not None]
+        if len(known) < 2 or max(known) - min(known) < 1e-9:
+            return [0.0] * len(values)
+        return [0.0 if v is None else (v - np.mean(known)) / np.std(known, ddof=1) for v in values]
+    for group in set(groups):
+        at = [i for i, g in enumerate(groups) if g == group]
+        if blend == "rates":
+            scores = z([alpha * rate[i][0] + (1 - alpha) * rate[i][1] for i in at])
+        else:
+            scores = [alpha * c + (1 - alpha) * o for c, o in zip(z([rate[i][0] for i in at]), z([rate[i][1] for i in at]))]
+        for i, score in zip(at, scores):
+            out[i] = score
+    return out
+
+
+@pytest.mark.parametrize("weights,alpha,blend", [("paper", .7, "advantages"), ("paper", 0, "advantages"), ("code", .7, "advantages"), ("code", .7, "rates"), ("paper", 1, "rates")])
+def test_advantages_of_several_prompts_against_brute_force(weights, alpha, blend):
+    """Weights: equal as in the paper, or 1, .7, .7 as in the original FLUX script; blend: of z-scores, or of rates before one z-score."""
+    weights, rng = {"paper": dict(A=1., B=1., C=1.), "code": dict(A=1., B=.7, C=.7)}[weights], random.Random(1)
+    groups = [7, "x", 7, "x", "x", 7, 7, "x", "x"]
+    for pairs in (schedule_pairs(groups, "all", rng), schedule_pairs(groups, "ring:2", rng, both_orders=True)):
+        assert all(groups[i] == groups[j] for i, j in pairs)
+        winners = [rng.choice([1, 2, 1, 2, 0]) for _ in pairs]
+        anchors = [{d: rng.choice([1, 2, 0]) for d in "ABC"} for _ in pairs]
+        verdicts = [verdict(w, **a) for w, a in zip(winners, anchors)]
+        ours = group_advantages(win_rates(pairs, verdicts, len(groups), category_weights=weights), alpha, groups, blend)
+        assert ours.tolist() == pytest.approx(brute_force(groups, pairs, winners, anchors, weights, alpha, blend), abs=1e-4)
+    assert len(pairs) == 2 * (4 * 3 // 2 + 5 * 4 // 2) and sorted(pairs) == sorted(p[::-1] for p in pairs)
+
+
+def test_groups_of_one_and_unknown_blends_are_refused():
+    with pytest.raises(ValueError, match="group 'b' has 1 item"):
+        schedule_pairs(["a", "a", "b"])
+    with pytest.raises(ValueError, match="expected 'advantages' or 'rates'"):
+        group_advantages(rates_of([1., 0.], [1., 0.]), blend="both")
+
+
+def test_one_sided_items_and_batch_normalisation():
+    nan = math.nan
+    advantages = group_advantages(rates_of([1., 0., nan], [1., .5, 0.]), .7)    # the third has no overall rate
+    assert advantages.tolist() == pytest.approx([.7 + .3 * .5 ** .5, -.3 * .5 ** .5, -1])
+    assert group_advantages(rates_of([1., 0., nan], [1., .5, nan]), .7, blend="rates").tolist() == pytest.approx([.5 ** .5, -.5 ** .5, 0])
+    flex, clip = torch.tensor([1., -1., 0., 0.]), normalize(torch.tensor([.3, .1, .25, .25]), [0, 0, 1, 1])
+    assert clip.tolist() == pytest.approx([.5 ** .5, -.5 ** .5, 0, 0])
+    mixed = blend_advantages([(.7, flex), (.3, clip)])
+    assert mixed.tolist() == pytest.approx([.7 + .3 * .5 ** .5, -.7 - .3 * .5 ** .5, 0, 0])
+    batch = blend_advantages([(.7, flex), (.3, clip)], normalize_batch=True)
+    assert batch.mean().item() == pytest.approx(0, abs=1e-6) and batch.std().item() == pytest.approx(1, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ other rewards, media
+
+def test_rewards_by_name(tmp_path, monkeypatch):
+    path = tmp_path / "mine.py"
+    path.write_text("def red(media, prompts):\n    return [frames[0].getpixel((0, 0))[0] / 255 for frames in media]\nbad = lambda m, p: [1.0]\n")
+    (weight, name, _), mine = open_rewards(f"flex:0.7, {path}:red:0.3")
+    assert (weight, name) == (.7, "flex") and mine[:2] == (.3, f"{path}:red")
+    assert reward_values(mine, [[picture("red")], [picture("blue")]], ["p"] * 2).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="returned .* for 2 items"):
+        reward_values(open_rewards(f"{path}:bad")[0], [[picture()]] * 2, ["p"] * 2)
+    for text, words in [(f"{path}:none", "has no function none"), ("clop:1", "'clop' is unknown"), (f"{tmp_path}/other.py:f", "unknown")]:
+        with pytest.raises(ValueError, match=words):
+            open_rewards(text)
+    said = {"a": "Final Score: 4", "b": "no idea"}
+    scored, = open_rewards("score", judge=lambda questions: [said[q.prompt] for q in questions])
+    assert reward_values(scored, [[picture()]] * 2, ["a", "b"]).tolist() == pytest.approx([4, math.nan], nan_ok=True)
+
+
+def test_clip_score_is_the_cosine_of_clips_embeddings(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<bos>", "<eos>", "a", "red", "star"])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<eos>", eos_token="<eos>", bos_token="<bos>", model_max_length=8)
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = CLIPModel(CLIPConfig(text_config=dict(vocab_size=6, max_position_embeddings=8, **small), vision_config=dict(image_size=16, patch_size=8, **small),
+                                 projection_dim=8)).eval()
+    processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16), tokenizer)
+    model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
+    reward_fn, = open_rewards(f"clip@{tmp_path}:0.3")
+    media, prompts = [[picture("red")], [picture("blue"), picture("green")]], ["a red star", "a star"]
+    with torch.no_grad():
+        pixels = [processor.image_processor(m, return_tensors="pt")["pixel_values"] for m in media]
+        image = [F.normalize(model.get_image_features(p).pooler_output, dim=-1) for p in pixels]
+        text = [F.normalize(model.get_text_features(**tokenizer([p], return_tensors="pt")).pooler_output, dim=-1) for p in prompts]
+    truth = [(i @ t.T).mean().item() for i, t in zip(image, text)]
+    assert reward_values(reward_fn, media, prompts).tolist() == pytest.approx(truth, abs=1e-5) and abs(truth[0]) > 1e-3
+
+
+def test_media_of_all_kinds(tmp_path):
+    import av
+    frames = [picture((10 * i, 0, 0), (32, 32)) for i in range(20)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "f").mkdir()
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / "f" / f"{i:03d}.png")
+    with av.open(str(tmp_path / "a.mp4"), "w") as video:
+        stream = video.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 32
+        for frame in frames:
+            video.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        video.mux(stream.encode())
+    for name in ("a.gif", "f", "a.mp4"):
+        reds = [np.asarray(image)[..., 0].mean() for image in load_media(tmp_path / name, 5)]
+        assert np.allclose(reds, [0, 50, 100, 140, 190], atol=8), (name, reds)  # frames 0, 5, 10, 14, 19
+    assert len(load_media(tmp_path / "f", 1)) == 1 and len(load_media(frames[0])) == 1
+    (tmp_path / "empty").mkdir(), (tmp_path / "x.mp4").write_text("no video"), (tmp_path / "x.png").write_text("no image")
+    for name, words in [("empty", "no frames"), ("x.mp4", "not a readable image or video"), ("x.png", "not a readable image or video"), ("none.png", "none.png"), ("none.mp4", "none.mp4")]:
+        with pytest.raises(ValueError, match=words):
+            load_media(tmp_path / name)
+
+
+def test_a_missing_av_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match="pip install av"):
+        load_media(tmp_path / "a.mp4")
+
+
+# ------------------------------------------------------------------------------------------------ the exam, the commands
+
+def test_accuracy_of_plain_votes():
+    """tau counts ties, diff leaves them out: 4 pairs have a winner, 2 of them right; of all 6, 1 of 2 ties is right."""
+    votes = [("left", "left"), ("right", "left"), ("rightvote", "rightvote"), ("tie", "right"), ("tievote", "bothbad_vote"), ("left", "both bad")]
+    assert accuracy(votes)[0] == .5 and accuracy(votes)[2] == 4
+    assert accuracy(votes, ties=True)[0] == .5 and accuracy(votes, ties=True)[2] == 6
+    assert accuracy([(None, 1), (1, 1), (0, 0)], ties=True)[0] == pytest.approx(2 / 3)
+    assert interval(50, 100) == pytest.approx((.4038, .5962), abs=1e-4)         # Wilson, a textbook's value
+    assert math.isnan(accuracy([("tie", "tie")])[0]) and interval(10, 10)[1] == pytest.approx(1)
+    with pytest.raises(ValueError, match="vote 'up'"):
+        accuracy([("up", "left")])
+
+
+def redder(questions, **_):
+    """A judge that prefers more red and gives its reasons."""
+    winners = ["Image 1" if q[1][0].getpixel((0, 0)) > q[2][0].getpixel((0, 0)) else "Image 2" for q in questions]
+    return [json.dumps(answer(w, categories=[category(name, w) for name in NAMES])) for w in winners]
+
+
+def test_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reward, "open_judge", lambda *args, **kwargs: redder)
+    for name, red in zip("abcd", (10, 250, 90, 170)):
+        picture((red, 0, 0)).save(f"{name}.png")
+    Path("r.py").write_text("def blue(media, prompts):\n    return [0, 0, 0, 1]\n")
+
+    reward.main(["a.png", "b.png", "--prompt", "<b>red</b> & round", "--html", "one.html"])
+    page = Path("one.html").read_text()
+    assert "overall: 2 wins" in capsys.readouterr().out and "&lt;b&gt;red" in page and "<b>red" not in page
+    assert page.count("data:image/png;base64,") == 2 and not re.search(r"(src|href)=\"(?!data:)", page)
+
+    reward.main(["rank", "a.png", "b.png", "c.png", "d.png", "--prompt", "red", "--json", "--html", "all.html"])
+    found = json.loads(capsys.readouterr().out)
+    assert [row["item"] for row in found["items"]] == ["b.png", "d.png", "c.png", "a.png"] and found["pairs"] == 6
+    assert [row["win rate"] for row in found["items"]] == pytest.approx([1, 2 / 3, 1 / 3, 0]) and found["items"][0]["advantage"] > 0
+    assert Path("all.html").read_text().count("<details>") == 6
+    reward.main(["rank", "a.png", "b.png", "c.png", "d.png", "--prompt", "red", "--pairs", "ring:1", "--both-orders", "--reward", "flex:0.1,r.py:blue:0.9"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[1] == "d.png" and lines[0].split() == ["rank", "item", "win", "rate", "A", "B", "C", "r.py:blue", "advantage"] and lines[-1].startswith("8 pairs")
+
+    rows = [{"prompt": "p", "images": ["a.png", "b.png"], "winner": "Image 2", "type": "x"}, {"prompt": "p", "images": ["b.png", "a.png"], "winner": "left", "type": "x"},
+            {"prompt": "p", "images": ["c.png", "d.png"], "winner": "Image 1", "type": "y"}, {"prompt": "p", "images": ["c.png", "d.png"], "winner": "Tie", "type": "y"}]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    reward.main(["eval", "pairs.jsonl", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["winner_accuracy"] == pytest.approx(2 / 3) and found["tau_accuracy"] == .5 and found["by_type"] == {"x": 1, "y": 0}
+    assert found["swap_consistency"] == 1 and found["failures"] == 0
+    reward.main(["eval", "pairs.jsonl"])
+    assert "winner_accuracy        0.667  95 %: 0.208 to 0.939" in capsys.readouterr().out
+
+    monkeypatch.setattr(reward, "open_judge", lambda *args, **kwargs: lambda questions: ["Style Score (1-5): 3\nFinal Score: 4", "hm"][:len(questions)])
+    reward.main(["score", "a.png", "b.png", "--prompt", "red"])
+    assert capsys.readouterr().out == "a.png: 4  Style Score 3\nb.png: no score\n   ! no clear score\n"
+    reward.main(["score", "a.png", "--prompt", "red", "--json"])
+    assert json.loads(capsys.readouterr().out)[0]["value"] == 4
+
+
+@pytest.mark.parametrize("argv,words", [
+    (["a.png", "--prompt", "x"], "compare takes 2 items, not 1"), (["rank", "a.png", "--prompt", "x"], "rank takes 2 or more"),
+    (["rank", "a.png", "a.png"], "prompt is empty"), (["rank", "a.png", "none.png", "--prompt", "x"], "none.png"), (["eval", "none.jsonl"], "none.jsonl"),
+    (["eval", "bad.jsonl"], "bad.jsonl:2.*Image 3"), (["eval", "empty.jsonl"], "no pairs"), (["rank", "a.png", "a.png", "--prompt", "x", "--reward", "f.py:g"], "unknown"),
+    (["rank", "a.png", "a.png", "--prompt", "x", "--pairs", "ring:7"], "K goes from 1 to 1")])
+def test_command_errors(tmp_path, monkeypatch, capsys, argv, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reward, "open_judge", lambda *args, **kwargs: redder)
+    picture().save("a.png")
+    row = {"prompt": "p", "images": ["a.png", "a.png"], "winner": "Image 1"}
+    Path("bad.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "winner": "Image 3"})), Path("empty.jsonl").write_text("\n")
+    with pytest.raises(SystemExit) as stop:
+        reward.main(argv)
+    assert re.search(words, str(stop.value) + capsys.readouterr().err)
+
+
+def test_reward_alone_in_an_empty_folder(tmp_path):
+    (tmp_path / "reward.py").write_bytes((ROOT / "reward.py").read_bytes())
+    script = ("from reward import *; v = parse_verdict('Image 1 is better than Image 2.'); p = schedule_pairs(3); "
+              "print(group_advantages(win_rates(p, [v] * 3, 3)).shape, 'sft' in __import__('sys').modules)")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    assert done.stdout.split() == ["torch.Size([3])", "False"], done.stderr
