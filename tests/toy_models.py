@@ -23,7 +23,7 @@ PIECES = (r"""[\]},{\["]*"(?:categories":\[\{"name":"[^"]*","dims":\[\{"|name":"
 CHAT = """{%- set n = namespace(images=0) -%}{%- for m in messages -%}<|im_start|>{{ m['role'] + '\\n' }}{%- if m['content'] is string -%}
 {{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}{%- set n.images = n.images + 1 -%}
 {{ 'Image ' ~ n.images }}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ c['text'] }}{%- endif -%}
-{%- endfor -%}{%- endif -%}<|im_end|>{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant{%- endif -%}"""
+{%- endfor -%}{%- endif -%}<|im_end|>{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 
 
 def make_judge_tokenizer(vocab_size=768, num_texts=2000):
