@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import batch_indices, know_toy_classes, open_records, toy_models, toy_world
-from reward import (Comparison, blend_advantages, find_judge, group_advantages, normalize, open_judge, open_rewards, parse_verdict, reward_values,
+from reward import (Comparison, Failure, blend_advantages, find_judge, group_advantages, normalize, open_judge, open_rewards, parse_verdict, reward_values,
                     schedule_pairs, win_rates)
 # toolbox and driver from sft.py; paste those blocks here to stand alone
 from sft import (Done, Log, add_lora, adapters_off, denoisers, draw_curves, draw_grid, gather, generator, load_checkpoint, load_pipeline,
@@ -200,11 +200,12 @@ def judge_groups(judge, rewards, prompts, images, rngs, args):
     by its own rng and all are judged in one batch; undecided verdicts count for nobody. Further rewards are normalised inside their
     group and blended in by weight.
 
-    counts: verdicts, undecided, ties, first_wins, decided, dead (groups without a signal), and the sums of further rewards.
+    counts: verdicts, undecided (failures, questions without an answer, among them), ties, first_wins, decided, dead (groups without a
+    signal), and the sums of further rewards.
     """
     G, parts, bad = args.group_size, [], []
     groups = [k for k in range(len(rngs)) for _ in range(G)]
-    counts = dict.fromkeys(("verdicts", "undecided", "ties", "first_wins", "decided"), 0)
+    counts = dict.fromkeys(("verdicts", "undecided", "failures", "ties", "first_wins", "decided"), 0)
     for weight, name, function in rewards:
         if function:
             values = reward_values((weight, name, function), [[image] for image in images], prompts)
@@ -216,7 +217,7 @@ def judge_groups(judge, rewards, prompts, images, rngs, args):
         rates = win_rates(pairs, verdicts, len(images), len(args.category_weights) > 3, dict(zip("ABCD", args.category_weights)))
         parts.append((weight, group_advantages(rates, args.alpha, groups, std_floor=args.std_floor)))
         bad = [verdict.text for verdict in verdicts if verdict.winner is None]
-        counts.update(verdicts=len(pairs), undecided=len(bad), ties=rates.num_ties, first_wins=rates.first_position_wins, decided=rates.num_decided)
+        counts.update(verdicts=len(pairs), undecided=len(bad), failures=sum(isinstance(text, Failure) for text in bad), ties=rates.num_ties, first_wins=rates.first_position_wins, decided=rates.num_decided)
     advantages = blend_advantages(parts).float().clamp(-args.adv_clip, args.adv_clip)
     counts["dead"] = sum((advantages[k * G:(k + 1) * G] == 0).all().item() for k in range(len(rngs)))
     return advantages, counts, bad[:1]
@@ -314,7 +315,7 @@ def main(argv=None):
         worst = max(gather([stats.pop("max_ratio_error")], ranks))
         row = {k: total(v, ranks) / num_images for k, v in stats.items()}
         decided, asked = max(counts["decided"], 1), max(counts["verdicts"], 1)
-        row.update(max_ratio_error=worst, undecided=counts["undecided"] / asked, ties=counts["ties"] / asked,
+        row.update(max_ratio_error=worst, undecided=counts["undecided"] / asked, judge_failures=counts["failures"] / asked, ties=counts["ties"] / asked,
                    first_position_share=counts["first_wins"] / decided, dead_groups=counts["dead"] / per_step,
                    **{name: value / num_images for name, value in counts.items() if name.startswith("reward/")})
         if step == first and ranks.rank == 0:

@@ -899,11 +899,12 @@ def read_pairs(path):
 # ------------------------------------------------------------------------------------------------ the report
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}h1{font-size:1.3em}
-h2{font-size:1.1em;margin:1.6em 0 .3em}table{border-collapse:collapse;width:100%}td,th{padding:.35em .6em;border-bottom:1px solid #e4e4e4;
-text-align:left;vertical-align:top}figure{display:inline-block;margin:.4em 1em .4em 0}figcaption{font-weight:600}figure img{height:200px;margin-right:3px;
-image-rendering:pixelated;border:1px solid #ccc}.bar{display:flex;width:130px;height:1.1em;font-size:.8em;color:#fff;line-height:1.1em}.bar i{background:#2f6fde;
-padding-left:.3em;font-style:normal}.bar b{background:#e07b2f;padding-right:.3em;text-align:right;flex:1;font-weight:400}.won{background:#e9f6ec}
-.issue{background:#fff3b0;padding:.2em .6em;margin:.2em 0}summary{cursor:pointer;margin:.5em 0}"""
+h2{font-size:1.1em;margin:1.6em 0 .3em}table{border-collapse:collapse;width:100%}td{padding:.35em .6em;border-bottom:1px solid #e4e4e4;vertical-align:top}
+tr:first-child{font-weight:600}.rubric{table-layout:fixed}.rubric td:first-child{width:24%}.rubric td:nth-child(3){width:150px}
+figure{display:inline-block;margin:.4em 1em .4em 0;padding:.3em;border-radius:6px}figure img{height:200px;margin-right:3px;border:1px solid #ccc;
+image-rendering:pixelated}figcaption{font-weight:600}.won{background:#d9f0df}.bar{display:flex;width:140px;margin-top:.2em;border-radius:3px;overflow:hidden;
+font-size:.8em;line-height:1.4em;color:#fff}.bar i{background:#2f6fde;padding-left:.4em;font-style:normal}.bar b{background:#e07b2f;padding-right:.4em;
+text-align:right;flex:1;font-weight:400}.issue{background:#fff3b0;padding:.2em .6em;margin:.2em 0}summary{cursor:pointer;margin:.4em 0}"""
 
 
 def _figure(title, images, won=False):
@@ -919,10 +920,10 @@ class _Html(str):
     """Text that is markup already."""
 
 
-def _table(header, rows):
+def _table(header, rows, kind=""):
     """An HTML table; text is escaped, and an _Html cell is put in as it is."""
     cell = lambda v: v if isinstance(v, _Html) else html.escape(f"{v:.3f}" if isinstance(v, float) else str(v))
-    return "<table>" + "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>" for row in [header, *rows]) + "</table>"
+    return f'<table class="{kind}">' + "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>" for row in [header, *rows]) + "</table>"
 
 
 def verdict_html(verdict):
@@ -936,7 +937,7 @@ def verdict_html(verdict):
             share = None if None in (score_1, score_2) or not score_1 + score_2 else 100 * score_1 / (score_1 + score_2)
             bar = "?" if share is None else _Html(f'<div class="bar"><i style="width:{share:.0f}%">{score_1:g}</i><b>{score_2:g}</b></div>')
             rows.append([dim.name, dim.reason_1, bar, dim.reason_2])
-        out.append(_table(["", "1", "", "2"], rows) + f"<p>{html.escape(category.reason)}</p>")
+        out.append(_table(["", "1", "", "2"], rows, "rubric") + f"<p>{html.escape(category.reason)}</p>")
     out.append(f"<h2>Overall: {_SAID[verdict.winner]}</h2><p>{html.escape(verdict.reason)}</p>")
     return "".join(out + [f'<div class="issue">{html.escape(issue)}</div>' for issue in verdict.issues])
 
@@ -979,6 +980,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    from transformers.utils import logging
+    logging.set_verbosity_error()                                               # their notices drown the verdict
+    logging.disable_progress_bar()
     try:
         template = Path(args.template).read_text(encoding="utf-8") if args.template else None
         instruction("-" if args.command == "eval" else args.prompt or "", template=template)       # what is wrong fails before the judge is loaded
@@ -1027,7 +1031,7 @@ def rank_command(args, judge, media):
         print(", ".join(f"{value} {name.replace('_', ' ')}" for name, value in out.items()))
     if args.html:
         figures = "".join(_figure(f"{place}. {args.items[i]}", media[i]) for place, i in enumerate(order, 1))
-        details = "".join(f"<details><summary>{html.escape(args.items[i])} against {html.escape(args.items[j])}: {_SAID[v.winner]}</summary>{verdict_html(v)}"
+        details = "".join(f"<details><summary>{html.escape(args.items[i])} (1) against {html.escape(args.items[j])} (2): {_SAID[v.winner]}</summary>{verdict_html(v)}"
                           "</details>" for (i, j), v in zip(pairs, verdicts))
         write_report(args.html, args.prompt, figures + _table(header, table) + details)
 

@@ -22,7 +22,7 @@ from PIL import Image
 import reward
 from reward import (Candidate, Comparison, Failure, LocalJudge, ServerJudge, accuracy, blend_advantages, evaluate_judge, group_advantages,
                     interval, load_media, normalize, open_rewards, parse_verdict, reward_values, schedule_pairs, win_rates)
-from test_reward import GOOD, NAMES, answer, category, rates_of, verdict
+from test_reward import GOOD, NAMES, OTHER, answer, category, rates_of, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -165,6 +165,21 @@ def test_a_server_that_dies_in_the_middle_costs_only_what_it_had_not_answered():
     assert texts[:4] == [GOOD] * 4 and all(isinstance(text, Failure) for text in texts[4:])
     result = evaluate_judge(lambda asked: texts, [question("p")] * 10, [1] * 10, random.Random(0), swap=False)
     assert result["failures"] == 6 and result["parse_rate"] == .4
+
+
+def test_grpo_counts_a_flaky_judge_and_stops_at_a_dead_one(generator_folder, tmp_path, monkeypatch):
+    from test_grpo import run_grpo
+    from test_sft import rows
+    monkeypatch.setattr(reward.time, "sleep", lambda seconds: None)             # the pauses between tries
+    options = ["--max-steps", "2", "--kl", "0", "--lora-rank", "4"]
+    with server(lambda h, text, n: h.reply(400, b"no") if n % 3 == 0 else h.say(GOOD if n % 3 == 1 else OTHER)) as (url, seen):
+        run_grpo(generator_folder, url, tmp_path / "flaky", *options, "--max-parse-fail", ".5")
+        log = rows(tmp_path / "flaky")
+        assert [row["judge_failures"] for row in log] == pytest.approx([1 / 3] * 2, abs=.17) and log[0]["undecided"] == log[0]["judge_failures"]
+        with pytest.raises(SystemExit, match="(?s)more than --max-parse-fail 0.1.*HTTP 400: no"):
+            run_grpo(generator_folder, url, tmp_path / "strict", *options, "--max-parse-fail", ".1")
+    with pytest.raises(SystemExit, match="grpo.py: no judge answers: .*refused"):
+        run_grpo(generator_folder, url, tmp_path / "dead", *options)
 
 
 def test_transformers_serve_answers_like_the_local_judge(judge_folder, tmp_path):

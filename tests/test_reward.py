@@ -207,6 +207,12 @@ def test_no_text_raises_and_time_is_linear():
         for _ in range(rng.randrange(1, 8)):
             spoiled[rng.randrange(len(spoiled))] = rng.choice(pieces)
         parse_verdict("".join(spoiled))
+    words = ["Image 1 is better ", "Image 1 is much ", "<answer>", "<think>", "</think>", "Final Score: ", "Final Score (1-5)", "1. a:\n", "a: 1\n", "a" * 60 + ":",
+             "\n", ". ", "1. a:\n Image 1 (9/10)", " " * 25 + "a:", "Style Score (1-5): ", "so, "]
+    for text in [word * (100_000 // len(word)) for word in words]:
+        start = time.perf_counter()
+        assert parse_verdict(text).winner is None and isinstance(parse_score(text).text, str)
+        assert time.perf_counter() - start < 1.0, text[:20]
     hard = ["{", "}", '"', "[", "1", "{}", '{"a":', "{1,", "[{", '\\"', '{"', "1 ", " ", '{"winner": ', ", ", "{\n\n\n"]
     for text in [piece * (100_000 // len(piece)) for piece in hard] + ['{"winner":' + "9" * 100_000, '{"winner": "' + "\\" * 100_001]:
         start = time.perf_counter()
