@@ -48,7 +48,7 @@ def parse_args(argv=None):
     add("--lora-alpha", type=float, help="default: the rank")
     add("--lora-targets", default=r"(q|k|v|o|gate|up|down)_proj$", help="regex on the names of linear layers")
     # loss
-    add("--beta", type=float, default=.1, help="strength of the tie to the reference")
+    add("--beta", type=float, default=.3, help="strength of the tie to the reference; paper: 0.1")
     # optim
     add("--optim", choices=["adamw", "muon"], default="adamw")
     add("--lr", type=float, default=3e-4, help="peak learning rate")

@@ -331,6 +331,8 @@ def main(argv=None):
             save_checkpoint(args.out, step + 1, params, optimizers, vars(args), ranks)
 
     after, images_after, _ = evaluate(args.eval_num, 7)
+    if judge:
+        before["win_rate"], after["win_rate"] = .5, win_rate_over(images_after[:256], images_before[:256], held_out)
     if ranks.rank == 0:
         if args.lora_rank:
             save_adapter(Path(args.out, "adapter"), modules, "pytorch_lora_weights.safetensors")

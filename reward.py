@@ -23,6 +23,7 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -35,7 +36,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageSequence
+from PIL import Image
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ the question
@@ -122,22 +123,32 @@ def load_media(item, num_frames=8):
     a folder of frames. ValueError names a file that cannot be read."""
     if isinstance(item, Image.Image):
         return [item]
+    if num_frames < 1:
+        raise ValueError(f"num_frames is {num_frames}; expected at least 1")
+
+    def sample(num):                                        # the chosen ones of `num` frames
+        return [round(i * (num - 1) / max(num_frames - 1, 1)) for i in range(num_frames)] if num > num_frames else list(range(num))
+
     path, frames = Path(item), []
     try:
         if path.is_dir():
-            frames = sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+            files = [p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+            files.sort(key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)])       # 2 before 10
+            frames = [Image.open(files[i]).convert("RGB") for i in sample(len(files))]
         elif path.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi"):
             import av
             with av.open(str(path)) as video:
-                frames = [frame.to_image() for frame in video.decode(video=0)]
+                wanted = sample(sum(1 for _ in video.decode(video=0)))
+            with av.open(str(path)) as video:
+                frames = [frame.to_image() for i, frame in enumerate(video.decode(video=0)) if i in wanted]
         else:
-            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(path))]
-        if len(frames) > num_frames:
-            frames = [frames[round(i * (len(frames) - 1) / max(num_frames - 1, 1))] for i in range(num_frames)]
-        frames = [(Image.open(frame) if isinstance(frame, Path) else frame).convert("RGB") for frame in frames]
+            image = Image.open(path)
+            for i in sample(getattr(image, "n_frames", 1) if path.suffix.lower() in (".gif", ".webp", ".apng") else 1):
+                image.seek(i)
+                frames.append(image.convert("RGB"))
     except ImportError:
         raise ValueError(f"{path}: reading videos needs PyAV: pip install av. Or pass a folder of frames") from None
-    except (OSError, IndexError, ValueError) as error:                          # av's errors are of these kinds
+    except (OSError, LookupError, ValueError, EOFError, Image.DecompressionBombError) as error:        # av's errors are of these kinds
         raise ValueError(f"{path}: not a readable image or video ({error})") from None
     if not frames:
         raise ValueError(f"{path}: no frames (png, jpg or webp) in it")
@@ -195,7 +206,7 @@ _THEREFORE = re.compile(r"(?:(?:so|thus|therefore|hence|overall|in conclusion|co
 _CRITERION = re.compile(r"^(?:<think>)?[ \t]{0,20}(?:\d{1,2}[.)] ?)?([^\s:][^:\n]{0,80}):[ \t]{0,20}\n[ \t]{0,20}(?:Image|Video|Answer) 1 \((\d{1,2})/10\)([^\n]*)\n"
                         r"[ \t]{0,20}(?:Image|Video|Answer) 2 \((\d{1,2})/10\)([^\n]*)$", re.M)
 _NUMBER = r"(-?\d{1,4}(?:\.\d{1,6})?)(?: ?/ ?\d{1,3})?"
-_FINAL = re.compile(r"final score(?: \(\d{1,3} ?- ?\d{1,3}\))?[ *:=]{1,8}" + _NUMBER + r"(?![\d.]*\d| ?[-/])", re.I)
+_FINAL = re.compile(r"final score(?: \(\d{1,3} ?- ?\d{1,3}\))?[ *:=]{1,8}" + _NUMBER + r"(?![\d.,]*\d| ?[-/–~] ?\d| (?:to|or|through)\b)", re.I)
 _PART = re.compile(r"^[ \t*-]{0,8}([A-Za-z][^:\n]{0,60}?)(?: \(\d{1,3} ?- ?\d{1,3}\))?[*]{0,2}:[* \t]{1,8}" + _NUMBER + r"[*. \t]{0,8}$", re.M)
 _LETTER = re.compile(r"\W*(?:category\s+)?([a-z])\**\s*(?:[.:)\]–—-]|$)", re.I)
 _KEYWORDS = {"A": r"semantic", "B": r"(?:image|video|visual) quality|realism", "C": r"aesthetic|artistry|cinematograph"}
@@ -253,6 +264,8 @@ def _scan(text, start):
             if out[-1] == ",":
                 out.pop()
         elif token == ":" and stack == ["{"] and out[-1][0] == '"' and out[-2] in ("{", ","):
+            if value_start and keys[-1] == "winner":        # a comma was missing: where that value ends is a guess
+                winners.append("")
             keys.append(out[-1][1:-1])
             value_start = match.end()
         if value_start and (not stack or token == "," and stack == ["{"]):
@@ -265,7 +278,7 @@ def _scan(text, start):
             end = match.end()
             break
     if value_start and keys[-1] == "winner":                # cut inside the winner: believed only if the contract's words are whole
-        whole = re.fullmatch(r'\s*"(?:Image|Video) [12]"?[\s`]*', text[value_start:])
+        whole = re.fullmatch(r'\s*"(?:Image|Video) [12]"[\s`]*', text[value_start:])
         winners.append(whole[0] if whole else "")
     repaired = " ".join(out[:safe[0]] + [_CLOSER[bracket] for bracket in reversed(stack[:safe[1]])])
     return _Root(text[start:end], repaired, keys, winners, sound, end)
@@ -284,11 +297,15 @@ def parse_verdict(text):
     if isinstance(text, Failure):
         issues.append(f"no answer: {text}")
         return verdict
-    if "{" not in text:
-        return _read_claims(verdict)
-    while len(roots) < _MAX_OBJECTS and (match := re.compile(r"[{\[]").search(text, position)):
-        roots.append(_scan(text, match.start()))
-        position = roots[-1].end if roots[-1].sound else len(text)
+    said = text.rpartition("</think>")[2]                   # what it thought is no answer
+    if "<think>" in said:
+        issues.append("cut while thinking")
+        return verdict
+    if "{" not in said:
+        return _read_claims(verdict, said)
+    while len(roots) < _MAX_OBJECTS and (match := re.compile(r"[{\[]").search(said, position)):
+        roots.append(_scan(said, match.start()))
+        position = roots[-1].end if roots[-1].sound else len(said)
     candidates = [root for root in roots if root.source[0] == "{" and {"winner", "categories"} & set(root.keys)]
     if not candidates or len(roots) == _MAX_OBJECTS:
         issues.append("no JSON object with a verdict")
@@ -300,7 +317,7 @@ def parse_verdict(text):
         issues.append(f"{len(candidates)} JSON objects, expected one")
     if not all(root.sound for root in candidates):
         issues.append("brackets do not match")
-    elif any({"dims", "cat_winner"} & set(root.keys) for root in candidates):
+    elif any({"name", "dims", "cat_winner"} & set(root.keys) for root in candidates):
         issues.append("a category without the object around it")
     elif len(winners) > 1 or None in winners:
         issues.append(f"no clear overall winner: {', '.join(written)[:100] or 'none given'}")
@@ -308,7 +325,7 @@ def parse_verdict(text):
         verdict.winner = winners.pop()
 
     root, data = candidates[0], {}
-    if root.source != text.strip():
+    if root.source != said.strip():
         issues.append("text around the JSON object")
     try:
         data = json.loads(root.source, parse_int=float)
@@ -330,28 +347,28 @@ def parse_verdict(text):
     return verdict
 
 
-def _read_claims(verdict):
+def _read_claims(verdict, said):
     """The verdict of a text without JSON: UnifiedReward's ranking ('Image 1 is better than Image 2.', 'Both videos are equally good.',
     answers of a VLM too) and UnifiedReward-Think's <think>criteria with scores out of 10</think><answer>Image 1 is better</answer>.
 
-    A claim counts only as a whole sentence, so 'if Image 1 is better' and 'not' are none, and all claims must agree.
+    A claim counts only as a whole sentence, the last sentence must be one, and all must agree: 'if Image 1 is better', 'not', and a
+    section's winner before an unclear end leave the verdict undecided.
     """
-    text, issues = verdict.text, verdict.issues
     rows = [Dim(name, reason_1.strip(" ;-:"), reason_2.strip(" ;-:"), float(score_1), float(score_2))
-            for name, score_1, reason_1, score_2, reason_2 in _CRITERION.findall(text)]
+            for name, score_1, reason_1, score_2, reason_2 in _CRITERION.findall(verdict.text)]
     if rows:
         verdict.categories.append(Category("Criteria", dims=rows))
-    if answers := re.findall(r"<answer>([^<]*)</answer>", text):
+    if answers := re.findall(r"<answer>([^<]*)</answer>", said):
         claims = [_read_winner(answer) for answer in answers]
     else:
-        after = text.rpartition("</think>")[2]
-        sentences = [] if "<think>" in after else re.split(r"[.!?;\n]+", after)
-        said = [_read_winner(_THEREFORE.sub("", s.lower().strip(" *#"), 1), _CLAIM) for s in sentences if len(s) < 200]
-        claims = [claim for claim in said if claim is not None]
+        joined = re.sub(r"(?<![.!;:*>\n])\n(?!\n)", " ", said)                 # a line that is no end of a sentence goes on
+        sentences = [sentence for part in re.split(r"[.!;\n]+", joined.lower()) if (sentence := part.strip(" *#\t\r"))]
+        claims = [_read_winner(_THEREFORE.sub("", sentence, 1), _CLAIM) if len(sentence) < 200 else None for sentence in sentences]
+        claims = [] if claims[-1:] == [None] else [claim for claim in claims if claim is not None]
     if len(set(claims)) == 1 and claims[0] is not None:
         verdict.winner = claims[0]
     else:
-        issues.append("no JSON object with a verdict, and no clear claim" if not claims else f"claims that disagree or say nothing: {claims[:9]}")
+        verdict.issues.append(f"claims that disagree or say nothing: {claims[:9]}" if claims else "no JSON object with a verdict, and no clear claim")
     return verdict
 
 
@@ -359,18 +376,20 @@ def parse_score(text):
     """The Score in a judge's pointwise text; never raises on a str, linear time.
 
     'Final Score: 4' decides (UnifiedReward: 1 to 5 for images, 1 to 10 for videos, 0 to 100 for answers); without one the mean of
-    the parts, lines such as 'Alignment Score (1-5): 3.5' or 'visual quality: 4'. Two final scores that differ are no score.
+    the lines named so, as 'Alignment Score (1-5): 3.5'. Other parts ('visual quality: 4', 'a red circle (object): 1') are only kept. Two
+    final scores that differ, and a score line that cannot be read, are no score.
     """
     score = Score(text=text)
     if isinstance(text, Failure):
         score.issues.append(f"no answer: {text}")
         return score
-    finals = {float(match[1]) for match in _FINAL.finditer(text)}
-    score.parts = {name: float(number) for name, number in _PART.findall(text) if name.lower() != "final score"}
+    finals, found = {float(match[1]) for match in _FINAL.finditer(text)}, _PART.findall(text)
+    score.parts = {name: float(number) for name, number in found if name.lower() != "final score"}
+    scores = [value for name, value in score.parts.items() if name.lower().endswith("score")]
     if "final score" in text.lower():
         score.value = finals.pop() if len(finals) == 1 else None
-    elif score.parts:
-        score.value = sum(score.parts.values()) / len(score.parts)
+    elif scores and len(scores) == len(re.findall(r"score\b[^:\n]{0,20}:", text, re.I)):        # each such line was read, and none twice
+        score.value = sum(scores) / len(scores)
     if score.value is None:
         score.issues.append("no clear score")
     return score
@@ -513,9 +532,10 @@ def normalize(values, groups=None, std_floor=0.0, normalize_std=True, eps=1e-8):
     equal, bit by bit, gives exactly zero; an item without a value (NaN) gets 0 and enters neither mean nor std.
     `normalize_std=False` leaves the division out; `std_floor` keeps a nearly dead group (one decided pair among ties) quiet.
     """
-    scores, groups = torch.zeros_like(values), [0] * len(values) if groups is None else groups
+    values, groups = values.float(), [0] * len(values) if groups is None else groups
+    scores = torch.zeros_like(values)
     for group in dict.fromkeys(groups):
-        on = torch.tensor([g == group for g in groups]) & ~values.isnan()
+        on = torch.tensor([g == group for g in groups], device=values.device) & ~values.isnan()
         x = values[on]
         if len(x) > 1 and x.min() != x.max():                           # exact equality is dead, a small std is not
             scores[on] = (x - x.mean()) / (x.std().clamp(min=std_floor) + eps if normalize_std else 1.0)
@@ -534,8 +554,8 @@ def group_advantages(rates, alpha=0.7, groups=None, blend="advantages", **option
     category, overall = rates.category, rates.overall
     alpha = torch.full_like(category, alpha).masked_fill(category.isnan(), 0).masked_fill(~category.isnan() & overall.isnan(), 1)
     if blend == "rates":
-        mixed = alpha * category.nan_to_num() + (1 - alpha) * overall.nan_to_num()
-        return normalize(mixed.masked_fill(category.isnan() & overall.isnan(), math.nan), groups, **options)
+        mixed = (alpha.double() * category.nan_to_num() + (1 - alpha.double()) * overall.nan_to_num()).round(decimals=6)   # equal rates stay equal
+        return normalize(mixed.float().masked_fill(category.isnan() & overall.isnan(), math.nan), groups, **options)
     return alpha * normalize(category, groups, **options) + (1 - alpha) * normalize(overall, groups, **options)
 
 
@@ -653,13 +673,16 @@ class _AnyStatus(urllib.request.HTTPErrorProcessor):
     http_response = https_response = lambda self, request, response: response
 
 
+_BROKEN, _MALFORMED = (OSError, http.client.HTTPException), (ValueError, LookupError, TypeError, RecursionError)
+
+
 class ServerJudge:
     """judge(questions) -> texts, by OpenAI-compatible servers: ServerJudge(["http://localhost:8000", ...]).
 
     `concurrency` requests are in flight, spread over the URLs; temperature 0 and a seed are sent, since servers otherwise sample
     as the model's generation_config says. Timeouts, broken connections and the statuses 408, 429 and 5xx are tried `retries` times
     more, at the next URL, after a growing pause; whatever else is wrong is not. No request takes longer than `timeout` seconds.
-    What stays without an answer comes back as a Failure. `extra` is merged into the request, for example
+    What stays without an answer comes back as a Failure. model=None asks the servers what they serve. `extra` is merged into the request, for example
     {"chat_template_kwargs": {"enable_thinking": False}}. Raises ValueError when no URL answers at the start.
     """
     def __init__(self, urls, model=None, template=None, score_template=None, concurrency=32, timeout=300.0, retries=4,
@@ -668,30 +691,41 @@ class ServerJudge:
         self.templates = {Comparison: template, Candidate: score_template}
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.body, reasons = {"model": model, "max_tokens": max_new_tokens, "seed": seed, **(extra or {})}, []
-        for url in self.urls if model is None else []:
+        for url in self.urls:
+            if not re.match(r"https?://\w", url):
+                raise ValueError(f"judge {url!r} is no URL; expected http://HOST:PORT")
             try:
-                self.body["model"] = json.loads(self._open(f"{url}/v1/models")[1])["data"][0]["id"]
-                return
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-                reasons.append(f"{url}: {error}")
-        if reasons:
+                status, data = (0, b"") if self.body["model"] else self._open(f"{url}/v1/models", timeout=min(timeout, 30))
+                if status not in (0, 200):
+                    raise ConnectionError(f"HTTP {status}: {data[:300].decode(errors='replace')}")
+                self.body["model"] = self.body["model"] or json.loads(data)["data"][0]["id"]
+            except _BROKEN + _MALFORMED as error:
+                reasons.append(f"{url}: {error!r}")
+        if not self.body["model"]:
             raise ValueError("no judge answers: " + "; ".join(reasons) + ". Start one, for example: vllm serve MODEL --port 8000")
 
-    def _open(self, url, body=None):
-        """(status, bytes) that the server answers, within the time-out. The loopback is never asked through a proxy."""
-        host, end = urllib.parse.urlsplit(url).hostname or "", time.monotonic() + self.timeout
+    def _open(self, url, body=None, timeout=None):
+        """(status, bytes) that the server answers, or TimeoutError: a thread is left behind when a server drips or hangs. The loopback
+        is never asked through a proxy."""
+        host, timeout, box = urllib.parse.urlsplit(url).hostname or "", timeout or self.timeout, []
         direct = host in ("localhost", "::1") or host.startswith("127.")
         opener = urllib.request.build_opener(_AnyStatus, *[urllib.request.ProxyHandler({})] * direct)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
-        parts = []
-        with opener.open(urllib.request.Request(url, body, headers), timeout=self.timeout) as response:
-            while part := response.read1(1 << 16):
-                parts.append(part)
-                if time.monotonic() > end:
-                    raise TimeoutError(f"no whole answer within {self.timeout:g} s")
-            if response.length:
-                raise ConnectionError(f"the answer broke off, {response.length} bytes are missing")
-        return response.status, b"".join(parts)
+
+        def ask():
+            try:
+                with opener.open(urllib.request.Request(url, body, headers), timeout=timeout) as response:
+                    box.append((response.status, response.read()))
+            except Exception as error:                                          # handed to the thread that waits
+                box.append(error)
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(timeout)
+        if not box:
+            raise TimeoutError(f"no whole answer within {timeout:g} s")
+        if isinstance(box[0], Exception):
+            raise box[0]
+        return box[0]
 
     def _ask(self, number, body):
         """One answer, or a Failure with the last reason."""
@@ -699,18 +733,16 @@ class ServerJudge:
             url = self.urls[(number + attempt) % len(self.urls)]
             try:
                 status, data = self._open(f"{url}/v1/chat/completions", body)
-            except (OSError, http.client.HTTPException) as error:               # refused, reset, broken off, timed out
-                reason = f"{url}: {error!r}"
-            else:
                 reason = f"{url}: HTTP {status}: {data[:300].decode(errors='replace')}"
                 if status == 200:
-                    try:
-                        text = json.loads(data)["choices"][0]["message"]["content"]
-                    except (ValueError, LookupError, TypeError) as error:
-                        return Failure(f"{reason} is not a chat completion ({error!r})")
+                    text = json.loads(data)["choices"][0]["message"]["content"]
                     return text if isinstance(text, str) else Failure(f"{reason} holds no text")
                 if status not in (408, 429) and status < 500:
                     return Failure(reason)
+            except _BROKEN as error:                                            # refused, reset, broken off, timed out
+                reason = f"{url}: {error!r}"
+            except _MALFORMED as error:
+                return Failure(f"{reason} is not a chat completion ({error!r})")
             if attempt < self.retries:
                 time.sleep(min(.25 * 2 ** attempt, 8))
         return Failure(f"{reason} (after {self.retries + 1} tries)")
@@ -733,11 +765,15 @@ class ServerJudge:
             return list(tqdm(pool.map(ask, range(len(chats))), desc="judge", total=len(chats), disable=not progress))
 
 
-def open_judge(judge=None, max_new_tokens=2048, template=None, **options):
-    """A judge by name: URLs, joined by commas, a folder, a hub id, or the newest judge trained in the current folder."""
+def open_judge(judge=None, max_new_tokens=2048, template=None, score_template=None, **options):
+    """A judge by name: URLs joined by commas, with #MODEL behind them where the server serves several, a folder, a hub id, or the
+    newest judge trained in the current folder."""
+    options.update(max_new_tokens=max_new_tokens, template=template, score_template=score_template)
     if judge and judge.startswith(("http://", "https://")):
-        return ServerJudge(judge.split(","), max_new_tokens=max_new_tokens, template=template)
-    return LocalJudge(judge or find_judge(), max_new_tokens=max_new_tokens, template=template, **options)
+        options.pop("batch_size", None)
+        urls, _, model = judge.partition("#")
+        return ServerJudge(urls.split(","), model or None, **options)
+    return LocalJudge(judge or find_judge(), **options)
 
 
 def find_judge():
@@ -784,6 +820,8 @@ def open_rewards(text, judge=None):
             weight = float(weight)
         except ValueError:
             name, weight = part.strip(), 1.0
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of reward '{name}' is {weight}; expected a number")
         path, _, function = name.rpartition(":")
         if name in ("flex", "score"):
             rewards.append((weight, name, None if name == "flex" else lambda *x: [math.nan if s.value is None else s.value for s in score_items(judge, *x)]))
@@ -802,9 +840,13 @@ def open_rewards(text, judge=None):
 
 def reward_values(reward, media, prompts):
     """(B,) values of one entry of open_rewards; ValueError when its function returns something else."""
-    values = torch.as_tensor(reward[2](media, prompts), dtype=torch.float32).cpu()
+    said = reward[2](media, prompts)
+    try:
+        values = torch.as_tensor(said, dtype=torch.float32).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        values = torch.tensor(math.inf)
     if values.shape != (len(media),) or values.isinf().any():
-        raise ValueError(f"reward {reward[1]} returned {values.tolist()} for {len(media)} items; expected one finite number (or NaN) for each")
+        raise ValueError(f"reward {reward[1]} returned {said!r} for {len(media)} items; expected one finite number (or NaN) for each")
     return values
 
 
@@ -819,7 +861,12 @@ def interval(num_right, num):
     return (centre - half) / (1 + z * z / num), (centre + half) / (1 + z * z / num)
 
 
-_VOTES = {"left": 1, "right": 2, "tie": 0, "bothbad": 0, 1: 1, 2: 2, 0: 0, None: None}
+def _read_vote(vote, default=None):
+    names = {"left": 1, "right": 2, "tie": 0, "bothbad": 0, 1: 1, 2: 2, 0: 0, None: None}
+    key = re.sub(r"[\s_]|vote$", "", vote.lower()) if isinstance(vote, str) else vote
+    if default is None and key not in names:
+        raise ValueError(f"vote {vote!r}; expected left, right, tie or both bad, or 1, 2, 0")
+    return names.get(key, default)
 
 
 def accuracy(votes, ties=False):
@@ -829,13 +876,9 @@ def accuracy(votes, ties=False):
     is wrong. Without ties ("diff") the pairs that people call a tie or both bad are left out; with ties ("tau") they count, and
     are right when the judge says tie or both bad.
     """
-    def read(vote):
-        key = re.sub(r"[\s_]|vote$", "", vote.lower()) if isinstance(vote, str) else vote
-        if key not in _VOTES:
-            raise ValueError(f"vote {vote!r}; expected left, right, tie or both bad, or 1, 2, 0")
-        return _VOTES[key]
-
-    votes = [(read(a), read(b)) for a, b in votes]
+    votes = [(_read_vote(a), _read_vote(b)) for a, b in votes]
+    if any(b is None for _, b in votes):
+        raise ValueError("a vote of people is None; expected left, right, tie or both bad, or 1, 2, 0")
     right = [a == b for a, b in votes if b or ties]
     return sum(right) / len(right) if right else math.nan, interval(sum(right), len(right)), len(right)
 
@@ -881,15 +924,17 @@ def read_pairs(path):
     """[(prompt, [first, second], 1 | 2 | 0, type or None)] of a JSONL file {"prompt", "images" or "videos", "winner", "type"}. Paths are
     relative to the file; 'Image 1', 'Video 2', 'Tie' and GenAI-Bench's votes are winners. ValueError names a bad line."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         try:
             if line.strip():
                 row = json.loads(line)
                 first, second = [Path(path).parent / item for item in row.get("videos") or row["images"]]
-                said = str(row["winner"]).lower().replace("vote", "").replace("_", "").strip()
-                rows.append((row["prompt"].strip(), [first, second], _VOTES[said] if said in _VOTES else {1: 1, 2: 2, 0: 0}[_read_winner(said)], row.get("type")))
+                if (winner := _read_vote(row["winner"], _read_winner(row["winner"]))) is None:
+                    raise ValueError("no winner")
+                kind = None if row.get("type") is None else str(row["type"])
+                rows.append((instruction(row["prompt"], template="{prompt}"), [first, second], winner, kind))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}:{number}: {error!r} in {line[:200]}. Expected {{\"prompt\": \"...\", \"images\": [first, second], "
+            raise ValueError(f"{path}:{number}: {error!r} in {line[:200]!r}. Expected {{\"prompt\": \"...\", \"images\": [first, second], "
                              f"\"winner\": \"Image 1\" | \"Image 2\" | \"Tie\"}}") from None
     if not rows:
         raise ValueError(f"{path}: no pairs in it")
@@ -944,8 +989,8 @@ def verdict_html(verdict):
 
 def write_report(path, title, body):
     """One self-contained HTML file."""
-    Path(path).write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-                          f"<h1>{html.escape(title)}</h1>{body}</html>", encoding="utf-8")
+    Path(path).write_bytes((f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+                          f"<h1>{html.escape(title)}</h1>{body}</html>").encode(errors="replace"))
     print(f"report: {path}", file=sys.stderr)
 
 
@@ -970,7 +1015,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of the order in which candidates are shown")
     add("--json", action="store_true", help="print JSON; for one comparison the judge's text as it is")
     add("--html", help="compare and rank: write a report to this file")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     args.command = args.items.pop(0) if args.items[0] in ("rank", "eval", "score") else "compare"
     want = {"compare": (2, 2), "rank": (2, math.inf), "eval": (1, 1), "score": (1, math.inf)}[args.command]
     if not want[0] <= len(args.items) <= want[1]:
@@ -980,6 +1025,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")                                # a judge may write half a character
     from transformers.utils import logging
     logging.set_verbosity_error()                                               # their notices drown the verdict
     logging.disable_progress_bar()
@@ -989,14 +1036,22 @@ def main(argv=None):
         rows = read_pairs(args.items[0]) if args.command == "eval" else []
         media = [load_media(item, args.num_frames) for item in ([] if rows else args.items)]
         needed = args.command != "rank" or {"flex", "score"} & {part.split(":")[0].strip() for part in args.reward.split(",")}
-        judge = open_judge(args.judge, args.max_new_tokens, template) if needed else None
+        templates = {"score_template" if args.command == "score" else "template": template}
+        judge = open_judge(args.judge, args.max_new_tokens, **templates) if needed else None
         {"compare": compare_command, "rank": rank_command, "eval": eval_command, "score": score_command}[args.command](args, judge, media or rows)
     except (ValueError, OSError) as error:
         raise SystemExit(f"reward.py: {error}") from error
 
 
+def _json(value):
+    """Strict JSON: NaN, which stands for 'no value', becomes null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None))
+
+
 def compare_command(args, judge, media):
     text, = judge([Comparison(args.prompt, *media)])
+    if isinstance(text, Failure):
+        raise ValueError(text)
     verdict = parse_verdict(text)
     print(text if args.json else format_verdict(verdict, args.prompt))
     if args.html:
@@ -1013,6 +1068,11 @@ def rank_command(args, judge, media):
             continue
         pairs = schedule_pairs(len(media), args.pairs, random.Random(args.seed), args.both_orders)
         verdicts = [parse_verdict(text) for text in judge([Comparison(args.prompt, media[i], media[j]) for i, j in pairs], progress=True)]
+        failures = [verdict.text for verdict in verdicts if isinstance(verdict.text, Failure)]
+        if failures:
+            print(f"{len(failures)} of {len(pairs)} questions failed: {failures[0]}", file=sys.stderr)
+        if len(failures) == len(pairs):
+            raise ValueError("the judge answered nothing")
         rates = win_rates(pairs, verdicts, len(media))
         columns.update({"win rate": rates.overall, **rates.anchors})
         parts.append((reward[0], group_advantages(rates, args.alpha)))
@@ -1022,7 +1082,7 @@ def rank_command(args, judge, media):
     table = [[place, args.items[i], *(column[i].item() for column in columns.values())] for place, i in enumerate(order, 1)]
     header, width = ["rank", "item", *columns], max(map(len, args.items))
     if args.json:
-        print(json.dumps({"items": [dict(zip(header, row)) for row in table], **out,
+        print(_json({"items": [dict(zip(header, row)) for row in table], **out,
                           "verdicts": [{"first": args.items[i], "second": args.items[j], "text": v.text} for (i, j), v in zip(pairs, verdicts)]}))
     else:
         print(f"rank  {'item':{width}s}" + "".join(f"{name:>12.12s}" for name in columns))
@@ -1042,7 +1102,7 @@ def eval_command(args, judge, rows):
     result = evaluate_judge(judge, comparisons, labels, random.Random(args.seed), types=types if any(types) else None, progress=True)
     texts = [verdict.text for verdict in result.pop("verdicts")]
     if args.json:
-        print(json.dumps(result | {"texts": texts}))
+        print(_json(result | {"texts": texts}))
         return
     for name, value in [*result.items(), *result["by_type"].items()]:
         if isinstance(value, (int, float)):
@@ -1053,7 +1113,7 @@ def eval_command(args, judge, rows):
 def score_command(args, judge, media):
     scores = score_items(judge, media, [args.prompt] * len(media))
     if args.json:
-        print(json.dumps([{"item": item, **asdict(score)} for item, score in zip(args.items, scores)]))
+        print(_json([{"item": item, **asdict(score)} for item, score in zip(args.items, scores)]))
     else:
         for item, score in zip(args.items, scores):
             print(f"{item}: {'no score' if score.value is None else format(score.value, 'g')}" + "".join(f"  {name} {value:g}" for name, value in score.parts.items())

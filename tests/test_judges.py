@@ -106,10 +106,19 @@ def drip(handler, text, n):
             time.sleep(.1)
 
 
+def drip_headers(handler, text, n):
+    with contextlib.suppress(OSError):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        for i in range(30):
+            handler.wfile.write(f"X-{i}: 1\r\n".encode())
+            time.sleep(.1)
+
+
 MISCHIEF = [    # (what the server does, words of the failure, requests per question)
     (lambda h, text, n: h.reply(500, b"out of memory"), "HTTP 500: out of memory", 2), (lambda h, text, n: h.reply(429, b""), "HTTP 429", 2),
-    (lambda h, text, n: h.reply(400, b"too long"), "HTTP 400: too long", 1), (hang, "timed out", 2), (drip, "no whole answer within 1 s", 2),
-    (lambda h, text, n: h.reply(200, b'{"choices": [{"mess'), "not a chat completion", 1),
+    (lambda h, text, n: h.reply(400, b"too long"), "HTTP 400: too long", 1), (hang, "Timeout", 2), (drip, "no whole answer within 1 s", 2),
+    (lambda h, text, n: h.reply(200, b'{"choices": [{"mess'), "not a chat completion", 1), (lambda h, text, n: h.reply(200, b"[" * 100_000), "RecursionError", 1),
+    (drip_headers, "no whole answer within 1 s", 2),
     (lambda h, text, n: h.reply(200, b'{"choices": [', 4000), "", 2), (lambda h, text, n: h.reply(200, b'{"choices": []}'), "IndexError", 1),
     (lambda h, text, n: h.reply(200, b'{"choices": [{"message": {"content": null}}]}'), "holds no text", 1), (lambda h, text, n: h.reply(200, b"7"), "not a chat", 1),
     (lambda h, text, n: h.reply(200, b"<html>sign in</html>", kind="text/html"), "sign in", 1), (lambda h, text, n: h.connection.close(), "", 2)]
@@ -193,9 +202,9 @@ def test_transformers_serve_answers_like_the_local_judge(judge_folder, tmp_path)
         judge, end = None, time.time() + 120
         while judge is None:
             try:
-                judge = ServerJudge([f"http://127.0.0.1:{port}"], template="{prompt}", max_new_tokens=12, timeout=60, model=judge_folder)
-                judge._open(judge.urls[0] + "/v1/models")
-            except (OSError, ValueError):
+                judge = reward.open_judge(f"http://127.0.0.1:{port}#{judge_folder}", max_new_tokens=12, template="{prompt}")
+                judge._open(judge.urls[0] + "/health")
+            except OSError:
                 assert process.poll() is None and time.time() < end, (tmp_path / "log").read_text()[-3000:]
                 judge = time.sleep(.5)
         asked = [Comparison(f"a {color} star", [picture(color, (48, 48))], [picture("blue", (48, 48))]) for color in ("red", "green")]
@@ -281,9 +290,11 @@ def test_rewards_by_name(tmp_path, monkeypatch):
     (weight, name, _), mine = open_rewards(f"flex:0.7, {path}:red:0.3")
     assert (weight, name) == (.7, "flex") and mine[:2] == (.3, f"{path}:red")
     assert reward_values(mine, [[picture("red")], [picture("blue")]], ["p"] * 2).tolist() == [1, 0]
-    with pytest.raises(ValueError, match="returned .* for 2 items"):
-        reward_values(open_rewards(f"{path}:bad")[0], [[picture()]] * 2, ["p"] * 2)
-    for text, words in [(f"{path}:none", "has no function none"), ("clop:1", "'clop' is unknown"), (f"{tmp_path}/other.py:f", "unknown")]:
+    path.write_text(path.read_text() + "none = lambda m, p: None\nholes = lambda m, p: [None, 1.0]\n")
+    for name in ("bad", "none", "holes"):
+        with pytest.raises(ValueError, match="returned .* for 2 items"):
+            reward_values(open_rewards(f"{path}:{name}")[0], [[picture()]] * 2, ["p"] * 2)
+    for text, words in [("flex:nan", "weight"), (f"{path}:nowhere", "has no function nowhere"), ("clop:1", "'clop' is unknown"), (f"{tmp_path}/other.py:f", "unknown")]:
         with pytest.raises(ValueError, match=words):
             open_rewards(text)
     said = {"a": "Final Score: 4", "b": "no idea"}
@@ -352,8 +363,9 @@ def test_accuracy_of_plain_votes():
     assert accuracy([(None, 1), (1, 1), (0, 0)], ties=True)[0] == pytest.approx(2 / 3)
     assert interval(50, 100) == pytest.approx((.4038, .5962), abs=1e-4)         # Wilson, a textbook's value
     assert math.isnan(accuracy([("tie", "tie")])[0]) and interval(10, 10)[1] == pytest.approx(1)
-    with pytest.raises(ValueError, match="vote 'up'"):
-        accuracy([("up", "left")])
+    for votes, words in [([("up", "left")], "vote 'up'"), ([(None, None)], "vote of people is None")]:
+        with pytest.raises(ValueError, match=words):
+            accuracy(votes)
 
 
 def redder(questions, **_):
@@ -379,6 +391,13 @@ def test_commands(tmp_path, monkeypatch, capsys):
     assert [row["item"] for row in found["items"]] == ["b.png", "d.png", "c.png", "a.png"] and found["pairs"] == 6
     assert [row["win rate"] for row in found["items"]] == pytest.approx([1, 2 / 3, 1 / 3, 0]) and found["items"][0]["advantage"] > 0
     assert Path("all.html").read_text().count("<details>") == 6
+    with pytest.raises(SystemExit, match="the judge answered nothing"):
+        monkeypatch.setattr(reward, "open_judge", lambda *args, **kwargs: lambda questions, **_: [Failure("HTTP 401")] * len(questions))
+        reward.main(["rank", "a.png", "b.png", "--prompt", "red"])
+    with pytest.raises(SystemExit, match="HTTP 401"):
+        reward.main(["a.png", "b.png", "--prompt", "red", "--json"])
+    assert "1 of 1 questions failed: HTTP 401" in capsys.readouterr().err
+    monkeypatch.setattr(reward, "open_judge", lambda *args, **kwargs: redder)
     reward.main(["rank", "a.png", "b.png", "c.png", "d.png", "--prompt", "red", "--pairs", "ring:1", "--both-orders", "--reward", "flex:0.1,r.py:blue:0.9"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[1] == "d.png" and lines[0].split() == ["rank", "item", "win", "rate", "A", "B", "C", "r.py:blue", "advantage"] and lines[-1].startswith("8 pairs")
@@ -402,15 +421,18 @@ def test_commands(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("argv,words", [
     (["a.png", "--prompt", "x"], "compare takes 2 items, not 1"), (["rank", "a.png", "--prompt", "x"], "rank takes 2 or more"),
-    (["rank", "a.png", "a.png"], "prompt is empty"), (["rank", "a.png", "none.png", "--prompt", "x"], "none.png"), (["eval", "none.jsonl"], "none.jsonl"),
-    (["eval", "bad.jsonl"], "bad.jsonl:2.*Image 3"), (["eval", "empty.jsonl"], "no pairs"), (["rank", "a.png", "a.png", "--prompt", "x", "--reward", "f.py:g"], "unknown"),
+    (["rank", "--prompt", "", "a.png", "a.png"], "prompt is empty"), (["rank", "a.png", "none.png", "--prompt", "x"], "none.png"), (["eval", "none.jsonl"], "none.jsonl"),
+    (["eval", "bad.jsonl"], "bad.jsonl:2.*Image 3"), (["eval", "null.jsonl"], "null.jsonl:1.*no winner"), (["eval", "blank.jsonl"], "blank.jsonl:1.*prompt is empty"),
+    (["a.png", "a.png", "--prompt", "x", "--num-frames", "0"], "num_frames is 0"), (["a.png", "a.png", "--prompt", "x", "--judge", "http://a:1,"], "is no URL"), (["eval", "empty.jsonl"], "no pairs"), (["rank", "a.png", "a.png", "--prompt", "x", "--reward", "f.py:g"], "unknown"),
     (["rank", "a.png", "a.png", "--prompt", "x", "--pairs", "ring:7"], "K goes from 1 to 1")])
 def test_command_errors(tmp_path, monkeypatch, capsys, argv, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reward, "open_judge", lambda *args, **kwargs: redder)
+    opened = reward.open_judge
+    monkeypatch.setattr(reward, "open_judge", lambda judge, *args, **kwargs: opened(judge) if judge else redder)
     picture().save("a.png")
     row = {"prompt": "p", "images": ["a.png", "a.png"], "winner": "Image 1"}
     Path("bad.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "winner": "Image 3"})), Path("empty.jsonl").write_text("\n")
+    Path("null.jsonl").write_text(json.dumps({**row, "winner": None})), Path("blank.jsonl").write_text(json.dumps({**row, "prompt": " "}))
     with pytest.raises(SystemExit) as stop:
         reward.main(argv)
     assert re.search(words, str(stop.value) + capsys.readouterr().err)

@@ -61,7 +61,7 @@ TEXTS = [   # (what the judge said, the winner, categories read)
     (GOOD[:-1] + ",}", 1, 3), (GOOD.replace("}]", "},]"), 1, 3), (GOOD.replace("so", "so\nand so"), 1, 3),
     (GOOD.replace('"since",', '"since"'), 1, 3), (GOOD.replace('}, {"name": "B.', '} {"name": "B.'), 1, 3),
     # truncated
-    (GOOD[:-1], 1, 3), (f"```json\n{OTHER[:-1]}\n```", 2, 3), (GOOD[:-2], 1, 3), (GOOD[:-3], None, 3), (GOOD[:-11], None, 3), (BODY, None, 3), (BODY[:-40], None, 3),
+    (GOOD[:-1], 1, 3), (f"```json\n{OTHER[:-1]}\n```", 2, 3), (GOOD[:-2], None, 3), (GOOD[:-3], None, 3), (GOOD[:-11], None, 3), (BODY, None, 3), (BODY[:-40], None, 3),
     (GOOD[:300], None, 1), ('{"winner": "Image 2", "categories": [{"name": "A. Sem', 2, 0), ('{"winner": "Ima', None, 0), (BODY + ', "winner": "1', None, 3),
     # the winner's wording
     (json.dumps(answer("1")), 1, 3), (json.dumps(answer(2)), 2, 3), (json.dumps(answer("A")), 1, 3), (json.dumps(answer("b")), 2, 3),
@@ -104,6 +104,16 @@ TEXTS = [   # (what the judge said, the winner, categories read)
      "Total score:\nImage 1: 9+5=14\nImage 2: 4+6=10\n</think>\n<answer>Image 1 is better</answer>", 1, 1),
     ("<think>Image 1 is better.", None, 0), ("<think>x</think><answer>Image 1 is bet", None, 0), ("<answer>Image 1</answer><answer>Image 2</answer>", None, 0),
     ("<answer>Image 1 or Image 2</answer>", None, 0), ("<answer></answer>Image 1 is better.", None, 0), ("<answer>2</answer>", 2, 0),
+    # thinking is no answer; a section's winner is not the overall one
+    ('<think>{"winner": "Image 1"} hm no</think><answer>Image 2 is better</answer>', 2, 0), ('<think>Draft: {"winner": "Image 1"} but', None, 0),
+    ("<think>say <answer>Image 1 is better</answer></think>Image 2 is better.", 2, 0), (f"<think>{'[1] ' * 30}{{x}}</think>{GOOD}", 1, 3),
+    ("**Semantic**\nImage 1 is better.\n\n**Overall**\nImage 2 is better because it shows the star.", None, 0),
+    ("Image 1 is better; however Image 2 is best overall", None, 0), ("Image 1 is better? No, I prefer Image 2.", None, 0),
+    ('"Image 1 is better." is false.', None, 0), ("I cannot say that\nImage 1 is better.", None, 0), ("Style:\nTie\nOverall, Image 2 is a bit better.", None, 0),
+    ("Image 2 fits better.\n\nOverall\nImage 1 is better than Image 2.", 1, 0),
+    ('{"name": "A. Semantic", "winner": "Image 1"}\n{"name": "B", "winner": "Image 1"}\nOverall winner: Image 2', None, 0),
+    ('{"name": "B", "winner": "Image 1"}], "winner": "Image 2"}', None, 0), ('{"winner": "Image 1" "x": 1, "winner": "Image 2"}', None, 0),
+    ('{"winner": "Image 1', None, 0), ('{"winner": "Image 1"', 1, 0),
     (reward.Failure("Image 1 is better than Image 2."), None, 0), (reward.Failure(GOOD), None, 0),
 ]
 
@@ -157,7 +167,10 @@ SCORES = [  # (text, value, number of parts)
     ("The answer is helpful.\nFinal Score: 87", 87, 0), ("Alignment Score (1-5): 4\nCoherence (Physics) Score (1-5): 2", 3, 2), ("final score (1-5): 3", 3, 0),
     ("Final Score: 3\nFinal Score: 4", None, 0), ("Final Score: 3. Indeed Final Score: 3", 3, 0), ("Final Score: 1-5", None, 0), ("Final Score: x", None, 0),
     ("Final Score: 123456789", None, 0), ("Final Score:", None, 0), ("", None, 0), ("Final Score: nan", None, 0), ("4", None, 0), ("Final Score: -1.5", -1.5, 0),
-    ("Final Score: x\nStyle Score (1-5): 3", None, 1), (reward.Failure("Final Score: 4"), None, 0)]
+    ("Final Score: x\nStyle Score (1-5): 3", None, 1), ("a red circle (object): 1\nred (attribute): 0", None, 2), ("Seed: 1999", None, 1),
+    ("Alignment Score (1-5): 4\nNumber of stars: 12", 4, 2), ("Alignment Score (1-5): 4, good\nStyle Score (1-5): 2", None, 1),
+    ("Style Score (1-5): 2\nStyle Score (1-5): 4", None, 1), ("Final Score: 1 to 5", None, 0), ("Final Score: 1–5", None, 0), ("Final Score: 3,5", None, 0),
+    ("Final Score: 4 - good", 4, 0), (reward.Failure("Final Score: 4"), None, 0)]
 
 
 @pytest.mark.parametrize("text,value,num_parts", SCORES)
