@@ -227,11 +227,11 @@ def judge_groups(judge, rewards, prompts, images, rngs, args):
 
 def main(argv=None):
     args, ranks = parse_args(argv), start_ranks()
-    for folder, command in ((args.model, "python sft.py --task generator"), (args.judge or "out/", "python sft.py")):
+    asks = any(part.strip().startswith(("flex", "score")) for part in args.reward.split(","))
+    for folder, command in [(args.model, "python sft.py --task generator")] + [(args.judge or "out/", "python sft.py")] * asks:
         if folder.startswith("out/") and not Path(folder).exists():
             raise SystemExit(f"{folder} is not there yet. Make it first: {command}")
     try:
-        asks = any(part.strip().startswith(("flex", "score")) for part in args.reward.split(","))
         args.judge = args.judge or (str(find_judge()) if asks else None)
         judge = open_judge(args.judge, args.max_new_tokens, batch_size=256) if args.judge else None
         rewards = open_rewards(args.reward, judge)

@@ -668,6 +668,11 @@ class LocalJudge:
         return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 
 
+def data_url(image):
+    image.convert("RGB").save(file := io.BytesIO(), "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 class _AnyStatus(urllib.request.HTTPErrorProcessor):
     """Hands back every answer of a server, whatever its status."""
     http_response = https_response = lambda self, request, response: response
@@ -751,9 +756,7 @@ class ServerJudge:
         """One text or Failure per question, in order. Every image is encoded once (PNG, so nothing is lost)."""
         chats, urls = [build_messages(question, self.templates[type(question)]) for question in questions], {}
         for image in (image for _, images in chats for image in images):
-            if id(image) not in urls:
-                image.convert("RGB").save(file := io.BytesIO(), "PNG", compress_level=1)
-                urls[id(image)] = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+            urls[id(image)] = urls.get(id(image)) or data_url(image)
 
         def ask(number):
             (message,), images = chats[number]
@@ -954,20 +957,13 @@ text-align:right;flex:1;font-weight:400}.issue{background:#fff3b0;padding:.2em .
 
 def _figure(title, images, won=False):
     """An HTML figure of one candidate, its frames side by side, inlined as PNG."""
-    tags = ""
-    for image in images:
-        image.convert("RGB").save(file := io.BytesIO(), "PNG")
-        tags += f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" alt="">'
-    return f'<figure{" class=won" if won else ""}><figcaption>{html.escape(str(title))}</figcaption>{tags}</figure>'
-
-
-class _Html(str):
-    """Text that is markup already."""
+    tags = "".join(f'<img src="{data_url(image)}" alt="">' for image in images)
+    return f'<figure class="{"won" if won else ""}"><figcaption>{html.escape(str(title))}</figcaption>{tags}</figure>'
 
 
 def _table(header, rows, kind=""):
-    """An HTML table; text is escaped, and an _Html cell is put in as it is."""
-    cell = lambda v: v if isinstance(v, _Html) else html.escape(f"{v:.3f}" if isinstance(v, float) else str(v))
+    """An HTML table; cells are escaped, and a tuple's text is put in as it is."""
+    cell = lambda v: v[0] if isinstance(v, tuple) else html.escape(f"{v:.3f}" if isinstance(v, float) else str(v))
     return f'<table class="{kind}">' + "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>" for row in [header, *rows]) + "</table>"
 
 
@@ -980,7 +976,7 @@ def verdict_html(verdict):
         for dim in category.dims:
             score_1, score_2 = (None if s is None else max(s, 0) for s in (dim.score_1, dim.score_2))
             share = None if None in (score_1, score_2) or not score_1 + score_2 else 100 * score_1 / (score_1 + score_2)
-            bar = "?" if share is None else _Html(f'<div class="bar"><i style="width:{share:.0f}%">{score_1:g}</i><b>{score_2:g}</b></div>')
+            bar = "?" if share is None else (f'<div class="bar"><i style="width:{share:.0f}%">{score_1:g}</i><b>{score_2:g}</b></div>',)
             rows.append([dim.name, dim.reason_1, bar, dim.reason_2])
         out.append(_table(["", "1", "", "2"], rows, "rubric") + f"<p>{html.escape(category.reason)}</p>")
     out.append(f"<h2>Overall: {_SAID[verdict.winner]}</h2><p>{html.escape(verdict.reason)}</p>")

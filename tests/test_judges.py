@@ -386,6 +386,10 @@ def test_commands(tmp_path, monkeypatch, capsys):
     assert "overall: 2 wins" in capsys.readouterr().out and "&lt;b&gt;red" in page and "<b>red" not in page
     assert page.count("data:image/png;base64,") == 2 and not re.search(r"(src|href)=\"(?!data:)", page)
 
+    evil = answer(categories=[{"name": "<script>A", "dims": [{"name": '<div class="bar">', "reason_1": "<script>1", "score_1": 3, "score_2": 7}], "cat_reason": "<script>"}],
+                  reason="<script>")
+    assert "<script" not in reward.verdict_html(parse_verdict(json.dumps(evil))) and "&lt;div class=" in reward.verdict_html(parse_verdict(json.dumps(evil)))
+
     reward.main(["rank", "a.png", "b.png", "c.png", "d.png", "--prompt", "red", "--json", "--html", "all.html"])
     found = json.loads(capsys.readouterr().out)
     assert [row["item"] for row in found["items"]] == ["b.png", "d.png", "c.png", "a.png"] and found["pairs"] == 6
