@@ -192,7 +192,9 @@ def main(argv=None):
                 print(f"  {name:22s} {value:6.3f}  {after[name]:6.3f}")
         right = [[v.winner and (3 - v.winner if flip else v.winner) == label for v, flip, label in zip(d["verdicts"], d["flipped"], labels)]
                  for d in (before, after)]
-        shown = next((i for i in range(len(labels)) if right[1][i] and not right[0][i]), 0)     # a pair that was mended, if any was
+        mended = [i for i in range(len(labels)) if right[1][i] and not right[0][i]]              # shown: one whose categories stayed, if any
+        stayed = [sum(a.winner == b.winner for a, b in zip(*(d["verdicts"][i].categories for d in (before, after)))) for i in mended]
+        shown = mended[stayed.index(max(stayed))] if mended else 0
         pair = comparison(held_out[shown], swap=before["flipped"][shown])
         texts = [f"{when}\n\n{format_verdict(d['verdicts'][shown], pair.prompt)}" for when, d in (("before", before), ("after", after))]
         draw_verdict(pair.media_1 + pair.media_2, texts, Path(args.out, "verdict.png"))

@@ -217,7 +217,8 @@ def judge_groups(judge, rewards, prompts, images, rngs, args):
         rates = win_rates(pairs, verdicts, len(images), len(args.category_weights) > 3, dict(zip("ABCD", args.category_weights)))
         parts.append((weight, group_advantages(rates, args.alpha, groups, std_floor=args.std_floor)))
         bad = [verdict.text for verdict in verdicts if verdict.winner is None]
-        counts.update(verdicts=len(pairs), undecided=len(bad), failures=sum(isinstance(text, Failure) for text in bad), ties=rates.num_ties, first_wins=rates.first_position_wins, decided=rates.num_decided)
+        counts.update(verdicts=len(pairs), undecided=len(bad), failures=sum(isinstance(text, Failure) for text in bad), ties=rates.num_ties,
+                      first_wins=rates.first_position_wins, decided=rates.num_decided)
     advantages = blend_advantages(parts).float().clamp(-args.adv_clip, args.adv_clip)
     counts["dead"] = sum((advantages[k * G:(k + 1) * G] == 0).all().item() for k in range(len(rngs)))
     return advantages, counts, bad[:1]

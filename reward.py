@@ -12,6 +12,7 @@ The file imports nothing of ours: copy it anywhere. Shapes: G items of one promp
 """
 import argparse
 import base64
+import contextlib
 import functools
 import html
 import http.client
@@ -37,6 +38,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ the question
@@ -201,9 +203,11 @@ _SIDE = (r"(?:the )?(?:(?:image|video|candidate|option|answer|response)[ _#:-]*(
 _CLAIM = (r" (?:wins|(?:is|looks) (?:(?:much|slightly|clearly|the) )*(?:better|best|winner|preferred|superior)"
           r"(?: (?:image|video|answer|response|one))?(?: (?:than|to|over) " + _SIDE + ")?)")
 _WINNER, _CLAIM = re.compile(f"{_SIDE}(?:{_CLAIM})?"), re.compile(_SIDE + _CLAIM)
-_TIE = re.compile(r"(?:it's |it is )?(?:a )?(?:tie|tied|draw|equal)|(?:both|the two) (?:images|videos|answers|responses) are equal(?:ly (?:good|bad))?")
+_TIE = re.compile(r"(?:it's |it is )?(?:a )?(?:tie|tied|draw|equal)"
+                  r"|(?:both|the two) (?:images|videos|answers|responses) are equal(?:ly (?:good|bad))?")
 _THEREFORE = re.compile(r"(?:(?:so|thus|therefore|hence|overall|in conclusion|conclusion|final answer|final verdict|verdict)[ ,:]+){1,3}")
-_CRITERION = re.compile(r"^(?:<think>)?[ \t]{0,20}(?:\d{1,2}[.)] ?)?([^\s:][^:\n]{0,80}):[ \t]{0,20}\n[ \t]{0,20}(?:Image|Video|Answer) 1 \((\d{1,2})/10\)([^\n]*)\n"
+_CRITERION = re.compile(r"^(?:<think>)?[ \t]{0,20}(?:\d{1,2}[.)] ?)?([^\s:][^:\n]{0,80}):[ \t]{0,20}\n"
+                        r"[ \t]{0,20}(?:Image|Video|Answer) 1 \((\d{1,2})/10\)([^\n]*)\n"
                         r"[ \t]{0,20}(?:Image|Video|Answer) 2 \((\d{1,2})/10\)([^\n]*)$", re.M)
 _NUMBER = r"(-?\d{1,4}(?:\.\d{1,6})?)(?: ?/ ?\d{1,3})?"
 _FINAL = re.compile(r"final score(?: \(\d{1,3} ?- ?\d{1,3}\))?[ *:=]{1,8}" + _NUMBER + r"(?![\d.,]*\d| ?[-/–~] ?\d| (?:to|or|through)\b)", re.I)
@@ -368,7 +372,8 @@ def _read_claims(verdict, said):
     if len(set(claims)) == 1 and claims[0] is not None:
         verdict.winner = claims[0]
     else:
-        verdict.issues.append(f"claims that disagree or say nothing: {claims[:9]}" if claims else "no JSON object with a verdict, and no clear claim")
+        verdict.issues.append(f"claims that disagree or say nothing: {claims[:9]}" if claims
+                              else "no JSON object with a verdict, and no clear claim")
     return verdict
 
 
@@ -554,8 +559,8 @@ def group_advantages(rates, alpha=0.7, groups=None, blend="advantages", **option
     category, overall = rates.category, rates.overall
     alpha = torch.full_like(category, alpha).masked_fill(category.isnan(), 0).masked_fill(~category.isnan() & overall.isnan(), 1)
     if blend == "rates":
-        mixed = (alpha.double() * category.nan_to_num() + (1 - alpha.double()) * overall.nan_to_num()).round(decimals=6)   # equal rates stay equal
-        return normalize(mixed.float().masked_fill(category.isnan() & overall.isnan(), math.nan), groups, **options)
+        mixed = alpha.double() * category.nan_to_num() + (1 - alpha.double()) * overall.nan_to_num()
+        return normalize(mixed.round(decimals=6).float().masked_fill(category.isnan() & overall.isnan(), math.nan), groups, **options)
     return alpha * normalize(category, groups, **options) + (1 - alpha) * normalize(overall, groups, **options)
 
 
@@ -607,6 +612,53 @@ def load_processor(path):
     return processor
 
 
+@contextlib.contextmanager
+def share_images(model, processor):
+    """While open, a distinct image (one PIL object) is preprocessed and seen by the vision tower once a batch and its result repeated: in a
+    group each image meets several others. For models that pack images in one row and pass on their grid (the Qwen-VL family)."""
+    stock, tower = processor.image_processor, getattr(getattr(model, "model", None), "visual", None)
+    if tower is None or "image_grid_thw" not in stock.model_input_names:
+        yield
+        return
+    place, sizes = [], []                                   # of each image its number among the distinct ones; patches of these
+
+    class Once:
+        def __getattr__(self, name):
+            return getattr(stock, name)
+
+        def __call__(self, images, **kwargs):
+            distinct = {id(image): image for image in images}
+            out, order = stock(images=list(distinct.values()), **kwargs), list(distinct)
+            grid = torch.as_tensor(out["image_grid_thw"])
+            place[:], sizes[:] = [order.index(id(image)) for image in images], grid.prod(1).tolist()
+            rows = torch.as_tensor(out["pixel_values"]).split(sizes)
+            out["pixel_values"], out["image_grid_thw"] = torch.cat([rows[k] for k in place]), grid[place]
+            return out
+
+    def before(module, args, kwargs):
+        first = [place.index(k) for k in range(len(sizes))]
+        rows = args[0].split([sizes[k] for k in place])
+        return (torch.cat([rows[i] for i in first]), *args[1:]), {**kwargs, "grid_thw": kwargs["grid_thw"][first]}
+
+    def after(module, args, kwargs, output):
+        def repeat(x):
+            for chunks in ([size // module.spatial_merge_size ** 2 for size in sizes], sizes):
+                if torch.is_tensor(x) and x.dim() and len(x) == sum(chunks):
+                    parts = x.split(chunks)
+                    return torch.cat([parts[k] for k in place])
+            return x
+        return tree_map(repeat, output)
+
+    hooks = [tower.register_forward_pre_hook(before, with_kwargs=True), tower.register_forward_hook(after, with_kwargs=True)]
+    processor.image_processor = Once()
+    try:
+        yield
+    finally:
+        processor.image_processor = stock
+        for hook in hooks:
+            hook.remove()
+
+
 class LocalJudge:
     """judge(questions) -> texts, by a transformers model: LocalJudge(path), or LocalJudge(model=, processor=) for one in memory.
 
@@ -638,7 +690,8 @@ class LocalJudge:
         Batches hold similar lengths, the longest first, so that memory runs out at once or never."""
         chats = [build_messages(question, self.templates[type(question)]) for question in questions]
         prompts = [chat_text(self.processor, messages) for messages, _ in chats]
-        images = [[image.convert("RGB") for image in images] for _, images in chats]
+        rgb = {id(image): image if image.mode == "RGB" else image.convert("RGB") for _, images in chats for image in images}
+        images = [[rgb[id(image)] for image in images] for _, images in chats]
         # roughly the number of tokens: one for 32 x 32 pixels, one for 4 characters
         sizes = [sum(image.width * image.height for image in row) / 1024 + len(text) / 4 for row, text in zip(images, prompts)]
         order = sorted(range(len(prompts)), key=lambda i: -sizes[i])
@@ -657,11 +710,12 @@ class LocalJudge:
     @torch.inference_mode()
     def _generate(self, prompts, images, temperature):
         tokenizer, weight = self.processor.tokenizer, next(self.model.parameters())
-        inputs = self.processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt")
         sampling = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        with torch.autocast(weight.device.type, dtype=self.dtype, enabled=weight.is_cuda and self.dtype not in (None, weight.dtype)):
+        cast = torch.autocast(weight.device.type, dtype=self.dtype, enabled=weight.is_cuda and self.dtype not in (None, weight.dtype))
+        with share_images(self.model, self.processor), cast:
+            inputs = self.processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt")
             tokens = self.model.generate(
                 **inputs.to(weight.device), **sampling, max_new_tokens=self.max_new_tokens, repetition_penalty=1.0, use_cache=True,
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)       # (B, T)
@@ -687,8 +741,8 @@ class ServerJudge:
     `concurrency` requests are in flight, spread over the URLs; temperature 0 and a seed are sent, since servers otherwise sample
     as the model's generation_config says. Timeouts, broken connections and the statuses 408, 429 and 5xx are tried `retries` times
     more, at the next URL, after a growing pause; whatever else is wrong is not. No request takes longer than `timeout` seconds.
-    What stays without an answer comes back as a Failure. model=None asks the servers what they serve. `extra` is merged into the request, for example
-    {"chat_template_kwargs": {"enable_thinking": False}}. Raises ValueError when no URL answers at the start.
+    What stays without an answer comes back as a Failure. model=None asks the servers what they serve, and raises ValueError when none
+    answers. `extra` is merged into the request, for example {"chat_template_kwargs": {"enable_thinking": False}}.
     """
     def __init__(self, urls, model=None, template=None, score_template=None, concurrency=32, timeout=300.0, retries=4,
                  max_new_tokens=2048, seed=0, extra=None):
@@ -826,8 +880,10 @@ def open_rewards(text, judge=None):
         if not math.isfinite(weight):
             raise ValueError(f"the weight of reward '{name}' is {weight}; expected a number")
         path, _, function = name.rpartition(":")
-        if name in ("flex", "score"):
-            rewards.append((weight, name, None if name == "flex" else lambda *x: [math.nan if s.value is None else s.value for s in score_items(judge, *x)]))
+        if name == "flex":
+            rewards.append((weight, name, None))
+        elif name == "score":
+            rewards.append((weight, name, lambda *x: [math.nan if s.value is None else s.value for s in score_items(judge, *x)]))
         elif name.split("@")[0] == "clip":
             rewards.append((weight, name, ClipScore(*name.split("@")[1:])))
         elif path.endswith(".py") and Path(path).is_file():
@@ -837,7 +893,8 @@ def open_rewards(text, judge=None):
                 raise ValueError(f"{path} has no function {function}")
             rewards.append((weight, name, getattr(module, function)))
         else:
-            raise ValueError(f"reward '{name}' is unknown; expected flex, score, clip, clip@FOLDER or FILE.py:function, each with :WEIGHT if you like")
+            raise ValueError(f"reward '{name}' is unknown; expected flex, score, clip, clip@FOLDER or FILE.py:function, "
+                             "each with :WEIGHT if you like")
     return rewards
 
 
@@ -995,7 +1052,7 @@ def write_report(path, title, body):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("Reading order")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("items", nargs="+", metavar="ITEM", help="nothing, rank, eval or score; then images, GIFs, videos, folders of frames, or a JSONL file of pairs")
+    add("items", nargs="+", metavar="ITEM", help="nothing, rank, eval or score; then images, GIFs, videos, folders of frames, or a file of pairs")
     add("--prompt", help="the text that the candidates were generated from")
     # judge
     add("--judge", help="folder, hub id or URLs joined by commas; default: the newest of out/judge-dpo/model and out/judge-sft/model")
@@ -1028,13 +1085,14 @@ def main(argv=None):
     logging.disable_progress_bar()
     try:
         template = Path(args.template).read_text(encoding="utf-8") if args.template else None
-        instruction("-" if args.command == "eval" else args.prompt or "", template=template)       # what is wrong fails before the judge is loaded
+        instruction("-" if args.command == "eval" else args.prompt or "", template=template)       # fails before the judge is loaded
         rows = read_pairs(args.items[0]) if args.command == "eval" else []
         media = [load_media(item, args.num_frames) for item in ([] if rows else args.items)]
         needed = args.command != "rank" or {"flex", "score"} & {part.split(":")[0].strip() for part in args.reward.split(",")}
         templates = {"score_template" if args.command == "score" else "template": template}
         judge = open_judge(args.judge, args.max_new_tokens, **templates) if needed else None
-        {"compare": compare_command, "rank": rank_command, "eval": eval_command, "score": score_command}[args.command](args, judge, media or rows)
+        commands = {"compare": compare_command, "rank": rank_command, "eval": eval_command, "score": score_command}
+        commands[args.command](args, judge, media or rows)
     except (ValueError, OSError) as error:
         raise SystemExit(f"reward.py: {error}") from error
 
@@ -1087,8 +1145,9 @@ def rank_command(args, judge, media):
         print(", ".join(f"{value} {name.replace('_', ' ')}" for name, value in out.items()))
     if args.html:
         figures = "".join(_figure(f"{place}. {args.items[i]}", media[i]) for place, i in enumerate(order, 1))
-        details = "".join(f"<details><summary>{html.escape(args.items[i])} (1) against {html.escape(args.items[j])} (2): {_SAID[v.winner]}</summary>{verdict_html(v)}"
-                          "</details>" for (i, j), v in zip(pairs, verdicts))
+        details = "".join(
+            f"<details><summary>{html.escape(args.items[i])} (1) against {html.escape(args.items[j])} (2): {_SAID[v.winner]}</summary>"
+            f"{verdict_html(v)}</details>" for (i, j), v in zip(pairs, verdicts))
         write_report(args.html, args.prompt, figures + _table(header, table) + details)
 
 
@@ -1112,7 +1171,8 @@ def score_command(args, judge, media):
         print(_json([{"item": item, **asdict(score)} for item, score in zip(args.items, scores)]))
     else:
         for item, score in zip(args.items, scores):
-            print(f"{item}: {'no score' if score.value is None else format(score.value, 'g')}" + "".join(f"  {name} {value:g}" for name, value in score.parts.items())
+            parts = "".join(f"  {name} {value:g}" for name, value in score.parts.items())
+            print(f"{item}: {'no score' if score.value is None else format(score.value, 'g')}" + parts
                   + "".join(f"\n   ! {issue}" for issue in score.issues))
 
 
