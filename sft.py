@@ -11,7 +11,6 @@ and the driver (any diffusers pipeline as a policy). Legend: B records, T tokens
 import argparse
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -718,17 +717,11 @@ def main(argv=None):
     if ranks.rank == 0:
         print(f"{args.task}: {sum(p.numel() for p in params.values()) / 1e6:.2f}M trained parameters, {len(task.records)} records, "
               f"{per_step} a step = {args.batch_size} x {args.accumulation} accumulated x {ranks.world} ranks", flush=True)
-
-    def make_batches(step):
-        indices = batch_indices(task.records, per_step, step, args.seed, task.window)[ranks.rank::ranks.world]
-        return [task.batch(indices[i:i + args.batch_size], step) for i in range(0, len(indices), args.batch_size)]
-
-    loader = ThreadPoolExecutor(1)                                              # makes a step's batches while the last step trains
-    coming = loader.submit(make_batches, first)
     bar = tqdm(range(first, args.max_steps), initial=first, total=args.max_steps, disable=ranks.rank > 0)
     for step in bar:
-        began, batches = time.time(), coming.result()
-        coming = loader.submit(make_batches, step + 1) if step + 1 < args.max_steps else None
+        began = time.time()
+        indices = batch_indices(task.records, per_step, step, args.seed, task.window)[ranks.rank::ranks.world]
+        batches = [task.batch(indices[i:i + args.batch_size], step) for i in range(0, len(indices), args.batch_size)]
         lr = set_lr(optimizers, args.lr, step, args.warmup_steps, args.max_steps)
         num_targets = total(sum(n for _, n in batches), ranks)                  # of the whole global batch
         loss = 0.0
