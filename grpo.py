@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import batch_indices, know_toy_classes, open_records, toy_models, toy_world
-from reward import (Comparison, Failure, blend_advantages, find_judge, group_advantages, normalize, open_judge, open_rewards, parse_verdict, reward_values,
+from reward import (Comparison, Failure, asks_judge, blend_advantages, find_judge, group_advantages, normalize, open_judge, open_rewards, parse_verdict, reward_values,
                     schedule_pairs, win_rates)
 # toolbox and driver from sft.py; paste those blocks here to stand alone
 from sft import (Done, Log, add_lora, adapters_off, denoisers, draw_curves, draw_grid, gather, generator, load_checkpoint, load_pipeline,
@@ -54,7 +54,7 @@ def parse_args(argv=None):
         help="of the anchors A B C in the category side; a fourth counts what the judge adds; paper: equal, original FLUX script: 1 .7 .7")
     add("--std-floor", type=float, default=.2, help="least std that win rates are divided by, so that a nearly dead group stays quiet; paper: 0")
     add("--adv-clip", type=float, default=5.0, help="advantages are clipped to plus and minus this")
-    add("--max-parse-fail", type=float, default=.5, help="stop when a larger share of a step's verdicts is undecided")
+    add("--max-parse-fail", type=float, default=.5, help="stop when a larger share of a step's verdicts is undecided, or of its scores missing")
     add("--max-new-tokens", type=int, default=256, help="longest verdict; real judges need about 2048")
     # lora
     add("--lora-rank", type=int, default=32, help="0: all weights are trained")
@@ -201,24 +201,28 @@ def judge_groups(judge, rewards, prompts, images, rngs, args):
     group and blended in by weight.
 
     counts: verdicts, undecided (failures, questions without an answer, among them), ties, first_wins, decided, dead (groups without a
-    signal), and the sums of further rewards.
+    signal), scores, unscored (NaN, which counts for nobody), and the sums of further rewards.
     """
     G, parts, bad = args.group_size, [], []
     groups = [k for k in range(len(rngs)) for _ in range(G)]
-    counts = dict.fromkeys(("verdicts", "undecided", "failures", "ties", "first_wins", "decided"), 0)
+    counts = dict.fromkeys(("verdicts", "undecided", "failures", "ties", "first_wins", "decided", "scores", "unscored"), 0)
     for weight, name, function in rewards:
         if function:
             values = reward_values((weight, name, function), [[image] for image in images], prompts)
             parts.append((weight, normalize(values, groups)))
             counts[f"reward/{name}"] = values.nansum().item()
+            missing = int(values.isnan().sum())
+            counts["scores"], counts["unscored"] = counts["scores"] + len(values), counts["unscored"] + missing
+            bad += [f"reward {name} has no value for {missing} of {len(values)} images"] * (missing > 0)
             continue
         pairs = [(k * G + i, k * G + j) for k, rng in enumerate(rngs) for i, j in schedule_pairs(G, args.pairs, rng, args.both_orders)]
         verdicts = [parse_verdict(text) for text in judge([Comparison(prompts[i], [images[i]], [images[j]]) for i, j in pairs])]
         rates = win_rates(pairs, verdicts, len(images), len(args.category_weights) > 3, dict(zip("ABCD", args.category_weights)))
         parts.append((weight, group_advantages(rates, args.alpha, groups, std_floor=args.std_floor)))
-        bad = [verdict.text for verdict in verdicts if verdict.winner is None]
-        counts.update(verdicts=len(pairs), undecided=len(bad), failures=sum(isinstance(text, Failure) for text in bad), ties=rates.num_ties,
-                      first_wins=rates.first_position_wins, decided=rates.num_decided)
+        undecided = [verdict.text for verdict in verdicts if verdict.winner is None]
+        bad += undecided
+        counts.update(verdicts=len(pairs), undecided=len(undecided), failures=sum(isinstance(text, Failure) for text in undecided),
+                      ties=rates.num_ties, first_wins=rates.first_position_wins, decided=rates.num_decided)
     advantages = blend_advantages(parts).float().clamp(-args.adv_clip, args.adv_clip)
     counts["dead"] = sum((advantages[k * G:(k + 1) * G] == 0).all().item() for k in range(len(rngs)))
     return advantages, counts, bad[:1]
@@ -228,7 +232,7 @@ def judge_groups(judge, rewards, prompts, images, rngs, args):
 
 def main(argv=None):
     args, ranks = parse_args(argv), start_ranks()
-    asks = any(part.strip().startswith(("flex", "score")) for part in args.reward.split(","))
+    asks = asks_judge(args.reward)
     for folder, command in [(args.model, "python sft.py --task generator")] + [(args.judge or "out/", "python sft.py")] * asks:
         if folder.startswith("out/") and not Path(folder).exists():
             raise SystemExit(f"{folder} is not there yet. Make it first: {command}")
@@ -273,7 +277,8 @@ def main(argv=None):
         verdicts = [parse_verdict(t).winner for t in judge([
             Comparison(prompts[i]["prompt"], *([[others[i]], [images[i]]] if flips[i] else [[images[i]], [others[i]]])) for i in mine])]
         wins = [.5 if w == 0 else float((w == 2) == flips[i]) for i, w in zip(mine, verdicts) if w is not None]
-        return total(sum(wins), ranks) / max(total(len(wins), ranks), 1)
+        num = total(len(wins), ranks)
+        return {"win_rate": total(sum(wins), ranks) / num} if num else {}       # a judge that says nothing has no opinion
 
     before, images_before, held_out = evaluate(args.eval_num, 7)
     num_watched = min(args.eval_num, 192)
@@ -304,9 +309,10 @@ def main(argv=None):
             examples += bad
         counts = {k: total(v, ranks) for k, v in counts.items()}
         examples = gather(examples, ranks)
-        if counts["undecided"] > args.max_parse_fail * counts["verdicts"]:
-            raise SystemExit(f"{counts['undecided']:.0f} of {counts['verdicts']:.0f} verdicts are undecided, more than --max-parse-fail "
-                             f"{args.max_parse_fail}. One of them:\n{examples[0][:2000]}")
+        for missing, of in (("undecided", "verdicts"), ("unscored", "scores")):
+            if counts[missing] > args.max_parse_fail * counts[of]:
+                raise SystemExit(f"{counts[missing]:.0f} of {counts[of]:.0f} {of} are {missing}, more than --max-parse-fail "
+                                 f"{args.max_parse_fail}. One of them:\n{examples[0][:2000]}")
         spent["judge"] = time.time() - clock - spent["rollout"]
         for prompts, trajectory, advantages in batches:
             found = accumulate_gradients(pipe, trajectory, advantages, args, 1 / num_images, prompt=prompts, **pipe_args)
@@ -316,7 +322,7 @@ def main(argv=None):
         worst = max(gather([stats.pop("max_ratio_error")], ranks))
         row = {k: total(v, ranks) / num_images for k, v in stats.items()}
         decided, asked = max(counts["decided"], 1), max(counts["verdicts"], 1)
-        row.update(max_ratio_error=worst, undecided=counts["undecided"] / asked, judge_failures=counts["failures"] / asked, ties=counts["ties"] / asked,
+        row.update(max_ratio_error=worst, undecided=counts["undecided"] / asked, judge_failures=counts["failures"] / asked, unscored=counts["unscored"], ties=counts["ties"] / asked,
                    first_position_share=counts["first_wins"] / decided, dead_groups=counts["dead"] / per_step,
                    **{name: value / num_images for name, value in counts.items() if name.startswith("reward/")})
         if step == first and ranks.rank == 0:
@@ -325,7 +331,7 @@ def main(argv=None):
             found, images, prompts = evaluate(num_watched, 5)
             row.update({f"held_out_{k}": v for k, v in found.items()})
             if judge:
-                row.update(held_out_win_rate=win_rate_over(images, base_images, prompts))
+                row.update({f"held_out_{k}": v for k, v in win_rate_over(images, base_images, prompts).items()})
         log.write(step=step + 1, **row, lr=lr, grad_norm=grad_norm, **{f"{k}_s": v for k, v in spent.items()}, peak_gib=peak_gib())
         bar.set_postfix(ties=f"{row['ties']:.2f}", kl=f"{row['kl']:.3g}", true=row.get("held_out_true", ""))
         if step + 1 in (1, args.max_steps) or (step + 1) % args.save_every == 0:
@@ -333,7 +339,8 @@ def main(argv=None):
 
     after, images_after, _ = evaluate(args.eval_num, 7)
     if judge:
-        before["win_rate"], after["win_rate"] = .5, win_rate_over(images_after[:256], images_before[:256], held_out)
+        after.update(win_rate_over(images_after[:256], images_before[:256], held_out))
+        before.update({"win_rate": .5} if "win_rate" in after else {})
     if ranks.rank == 0:
         if args.lora_rank:
             save_adapter(Path(args.out, "adapter"), modules, "pytorch_lora_weights.safetensors")

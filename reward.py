@@ -723,6 +723,7 @@ class LocalJudge:
 
 
 def data_url(image):
+    """The image inlined as PNG, so nothing is lost."""
     image.convert("RGB").save(file := io.BytesIO(), "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
@@ -898,6 +899,11 @@ def open_rewards(text, judge=None):
     return rewards
 
 
+def asks_judge(text):
+    """Whether one of the rewards in "flex:0.7,clip:0.3" needs a judge."""
+    return any(part.split(":")[0].strip() in ("flex", "score") for part in text.split(","))
+
+
 def reward_values(reward, media, prompts):
     """(B,) values of one entry of open_rewards; ValueError when its function returns something else."""
     said = reward[2](media, prompts)
@@ -922,6 +928,7 @@ def interval(num_right, num):
 
 
 def _read_vote(vote, default=None):
+    """1, 2, 0 or None of a vote in any of accuracy's forms; what is none of them gives `default`, or ValueError without one."""
     names = {"left": 1, "right": 2, "tie": 0, "bothbad": 0, 1: 1, 2: 2, 0: 0, None: None}
     key = re.sub(r"[\s_]|vote$", "", vote.lower()) if isinstance(vote, str) else vote
     if default is None and key not in names:
@@ -1088,9 +1095,8 @@ def main(argv=None):
         instruction("-" if args.command == "eval" else args.prompt or "", template=template)       # fails before the judge is loaded
         rows = read_pairs(args.items[0]) if args.command == "eval" else []
         media = [load_media(item, args.num_frames) for item in ([] if rows else args.items)]
-        needed = args.command != "rank" or {"flex", "score"} & {part.split(":")[0].strip() for part in args.reward.split(",")}
         templates = {"score_template" if args.command == "score" else "template": template}
-        judge = open_judge(args.judge, args.max_new_tokens, **templates) if needed else None
+        judge = open_judge(args.judge, args.max_new_tokens, **templates) if args.command != "rank" or asks_judge(args.reward) else None
         commands = {"compare": compare_command, "rank": rank_command, "eval": eval_command, "score": score_command}
         commands[args.command](args, judge, media or rows)
     except (ValueError, OSError) as error:

@@ -187,6 +187,9 @@ def test_grpo_counts_a_flaky_judge_and_stops_at_a_dead_one(generator_folder, tmp
         assert [row["judge_failures"] for row in log] == pytest.approx([1 / 3] * 2, abs=.17) and log[0]["undecided"] == log[0]["judge_failures"]
         with pytest.raises(SystemExit, match="(?s)more than --max-parse-fail 0.1.*HTTP 400: no"):
             run_grpo(generator_folder, url, tmp_path / "strict", *options, "--max-parse-fail", ".1")
+    (tmp_path / "mute.py").write_text("mute = lambda media, prompts: [float('nan')] * len(media)\n")
+    with pytest.raises(SystemExit, match="(?s)6 of 6 scores are unscored.*has no value for 6 of 6 images"):
+        run_grpo(generator_folder, url, tmp_path / "mute", *options, "--reward", f"{tmp_path}/mute.py:mute")
     with pytest.raises(SystemExit, match="grpo.py: no judge answers: .*refused"):
         run_grpo(generator_folder, url, tmp_path / "dead", *options)
 
@@ -444,7 +447,7 @@ def test_command_errors(tmp_path, monkeypatch, capsys, argv, words):
 
 def test_reward_alone_in_an_empty_folder(tmp_path):
     (tmp_path / "reward.py").write_bytes((ROOT / "reward.py").read_bytes())
-    script = ("from reward import *; v = parse_verdict('Image 1 is better than Image 2.'); p = schedule_pairs(3); "
+    script = ("from reward import group_advantages, parse_verdict, schedule_pairs, win_rates; v = parse_verdict('Image 1 is better than Image 2.'); p = schedule_pairs(3); "
               "print(group_advantages(win_rates(p, [v] * 3, 3)).shape, 'sft' in __import__('sys').modules)")
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
     assert done.stdout.split() == ["torch.Size([3])", "False"], done.stderr
