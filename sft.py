@@ -327,7 +327,7 @@ def draw_curves(rows, names, path, width=420, height=240):
         for y in ys:
             mean += (y - mean) / span
             smooth.append(mean)
-        draw.line([place(x, y) for x, y in points], fill=(205, 205, 205))
+        draw.line([place(x, y) for x, y in zip(xs, ys)], fill=(205, 205, 205))
         draw.line([place(x, y) for x, y in zip(xs, smooth)], fill=(40, 90, 210), width=2)
         draw.rectangle([left, top, right, bottom], outline=(150, 150, 150))
         for text, at in ((name + " (log)" * log, (left, 6)), (f"{labels[0]:.3g}", (6, top - 6)), (f"{labels[1]:.3g}", (6, bottom - 8)),
