@@ -12,6 +12,7 @@ A video is an mp4, a GIF or a folder of frames. Legend: B records, T tokens.
 """
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -107,10 +108,10 @@ def open_records(source, kind, num=None, seed=0, skip_bad=False):
 
 
 def write_jsonl(path, records):
-    """Write records as JSONL; images in memory go to images/ beside the file, and paths are made relative to it."""
+    """Write records as JSONL, whole or not at all; images in memory go to images/ beside the file, and paths are made relative to it."""
     path = Path(path)
     (path.parent / "images").mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(aside := path.with_name(path.name + ".aside"), "w") as file:
         for i, record in enumerate(records):
             media = []
             name = "videos" if "videos" in record else "images"
@@ -122,6 +123,7 @@ def write_jsonl(path, records):
                     media.append(str(Path(item).resolve()))
             row = {k: v for k, v in record.items() if k not in ("where", "toy_prompt")}
             file.write(json.dumps({**row, name: media}) + "\n")
+    os.replace(aside, path)
 
 
 def comparison(record, swap=False):
@@ -154,8 +156,10 @@ def batch_indices(records, batch_size, step, seed, window=1):
 def encode(processor, records, responses, template=None, max_tokens=8192):
     """A right-padded batch on the CPU: input_ids, attention_mask, labels (B, T) and whatever the processor makes of the images.
 
-    Labels are the response and the end-of-turn token, -100 elsewhere. Nothing is ever truncated: a record with more than
-    `max_tokens` tokens, or whose text holds the image placeholder itself, is a ValueError that names its line.
+    Labels are the response and the end-of-turn token, -100 elsewhere. A response may be a tuple of several, which then follow one
+    copy of images and prompt one after the other; `segments` (B, T) tells them apart: 0 prompt and padding, 1, 2, ... the responses.
+    Nothing is ever truncated: a record with more than `max_tokens` tokens, an empty response, or a text that holds the image
+    placeholder itself is a ValueError that names its line.
     """
     tokenizer, texts, images = processor.tokenizer, [], []
     for record, response in zip(records, responses):
@@ -169,18 +173,24 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
         texts.append(chat_text(processor, messages))
         images.append(media)
         token = getattr(processor, "image_token", None)
-        if token and (texts[-1].count(token) != len(media) or token in response):
+        answers = (response,) if isinstance(response, str) else response
+        if not all(answer.strip() for answer in answers):
+            raise ValueError(f"{where}: an empty response. Remove the line: there is nothing to learn from it.")
+        if token and (texts[-1].count(token) != len(media) or any(token in answer for answer in answers)):
             raise ValueError(f"{where}: the text holds the image placeholder {token!r}. Remove it: images are placed by the template.")
     batch = dict(processor(text=texts, images=images, return_tensors=None))
-    ids, targets = batch.pop("input_ids"), [tokenizer(r + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for r in responses]
     kinds = batch.pop("mm_token_type_ids", None)     # 1 at image tokens, where the processor tells
     batch.pop("attention_mask")
-    rows = [(list(i), t) for i, t in zip(ids, targets)]
-    longest = max(len(i) + len(t) for i, t in rows)
-    for record, (prompt, target) in zip(records, rows):
-        if len(prompt) + len(target) > max_tokens:
-            raise ValueError(f"{record.get('where', 'a record')}: {len(prompt)} + {len(target)} tokens, more than --max-tokens "
+    rows, segments = [], []                          # (prompt, responses) in tokens; the number of the response each token is in
+    for record, prompt, response in zip(records, batch.pop("input_ids"), responses):
+        answers = [tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+                   for answer in ((response,) if isinstance(response, str) else response)]
+        rows.append((list(prompt), sum(answers, [])))
+        segments.append([0] * len(prompt) + [k for k, answer in enumerate(answers, 1) for _ in answer])
+        if len(segments[-1]) > max_tokens:
+            raise ValueError(f"{record.get('where', 'a record')}: {len(prompt)} + {len(rows[-1][1])} tokens, more than --max-tokens "
                              f"{max_tokens}. Use smaller images, a shorter response, or raise the limit.")
+    longest = max(map(len, segments))
 
     def pad(parts, value):                           # (B, T)
         return torch.tensor([part + [value] * (longest - len(part)) for part in parts])
@@ -189,6 +199,8 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
     out["input_ids"] = pad([p + t for p, t in rows], tokenizer.pad_token_id)
     out["attention_mask"] = pad([[1] * len(p + t) for p, t in rows], 0)
     out["labels"] = pad([[-100] * len(p) + t for p, t in rows], -100)
+    if not all(isinstance(response, str) for response in responses):
+        out["segments"] = pad(segments, 0)
     if kinds is not None:
         out["mm_token_type_ids"] = pad([list(k) + [0] * len(t) for k, (_, t) in zip(kinds, rows)], 0)
     return out

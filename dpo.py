@@ -19,13 +19,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText
 
 from data import batch_indices, build_preferences, comparison, encode, open_records, read_records, write_jsonl, WINNERS
-from reward import LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_processor
+from reward import Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict
 # toolbox from sft.py; paste that block here to stand alone
-from sft import (Log, add_lora, adapters_off, draw_curves, draw_verdict, gather, has_bf16, load_checkpoint, make_optimizers, merge_lora,
-                 optimizer_step, peak_gib, replicate, save_adapter, save_checkpoint, set_lr, start_ranks, total, trainable)
+from sft import (Log, adapters_off, draw_curves, draw_verdict, enter, gather, has_bf16, load_checkpoint, make_optimizers, optimizer_step,
+                 peak_gib, prepare_training, save_adapter, save_checkpoint, save_whole, set_lr, shard, start_ranks, token_logps, total, trainable)
 
 
 def parse_args(argv=None):
@@ -46,9 +45,14 @@ def parse_args(argv=None):
     # lora
     add("--lora-rank", type=int, default=16, help="0: all weights are trained, against a frozen copy")
     add("--lora-alpha", type=float, help="default: the rank")
-    add("--lora-targets", default=r"(q|k|v|o|gate|up|down)_proj$", help="regex on the names of linear layers")
+    add("--lora-targets", default=r"(language|text)_model\..*_proj\w*$", help="regex on the names of linear layers")
+    add("--adapter", help="folder of a LoRA adapter, ours or PEFT's, to train on; instead of a new one, and off in the reference")
+    add("--freeze", nargs="*", default=[], choices=["vision", "projector", "language"], help="parts of the judge that stay as they are")
+    add("--merge", action=flag, default=True, help="write and examine the whole model; without, a LoRA run leaves only its adapter")
     # loss
     add("--beta", type=float, default=.3, help="strength of the tie to the reference; paper: 0.1")
+    add("--precompute-ref", action=flag, default=False, help="the reference's log-probabilities of all records before training, not at every step")
+    add("--share-prompt", action=flag, help="chosen and rejected after one copy of images and prompt  [where the model can]")
     # optim
     add("--optim", choices=["adamw", "muon"], default="adamw")
     add("--lr", type=float, default=3e-4, help="peak learning rate")
@@ -59,7 +63,10 @@ def parse_args(argv=None):
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
     add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
     # run
-    add("--bf16", action=flag, help="autocast to bfloat16; default: where the hardware multiplies in it")
+    add("--bf16", action=flag, help="compute in bfloat16, keep what is trained in float32; default: where the hardware multiplies in it")
+    add("--fsdp", action=flag, default=False, help="split weights, gradients and optimizer over the ranks (FSDP2) instead of copying them")
+    add("--grad-ckpt", action=flag, default=False, help="gradient checkpointing: less memory, a third more time")
+    add("--compile", action=flag, default=False, help="torch.compile each block")
     add("--max-new-tokens", type=int, default=256, help="longest verdict written; real judges need about 2048")
     add("--seed", type=int, default=0)
     add("--out", default="out/judge-dpo", help="run folder")
@@ -72,20 +79,55 @@ def parse_args(argv=None):
     return args
 
 
-def response_logps(model, batch):
-    """Log-probabilities (nats) of the labelled tokens summed per record, (B,), and the number of those tokens, (B,).
+# ---------------------------------------------------------------- the log-probabilities of two responses
 
-    Position t predicts token t + 1. Logits are made only where there is a label and the softmax is taken in float32.
-    """
+def can_share_prompt(model):
+    """Whether the model's attention may be masked at will: no layer is recurrent or has a sliding window."""
+    config = model.config.get_text_config()
+    return set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"} and not getattr(config, "sliding_window", None)
+
+
+def side_by_side(model, batch):
+    """The batch with an attention mask (B, 1, T, T) and positions under which the responses after one prompt do not see each other and
+    each begins at the prompt's end, as if it were alone. Rows are `segments` of encode: 0 prompt, 1 chosen, 2 rejected."""
     batch = dict(batch)
-    targets = batch.pop("labels")[:, 1:]
-    on = targets != -100                                                        # (B, T-1)
-    hidden = getattr(model, model.base_model_prefix)(**batch, use_cache=False).last_hidden_state[:, :-1]
-    logits = model.get_output_embeddings()(hidden[on])                          # (N, V)
-    logps = torch.zeros(on.shape, device=on.device)
-    logps[on] = -F.cross_entropy(logits.float(), targets[on], reduction="none")
-    return logps.sum(1), on.sum(1)
+    segments, mask = batch.pop("segments"), batch["attention_mask"]                                     # (B, T)
+    if hasattr(model.model, "get_rope_index"):                                  # Qwen-VL: time, height and width, (3, B, T)
+        wanted = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+        positions, _ = model.model.get_rope_index(**{k: v for k, v in batch.items() if k in wanted})
+    else:
+        positions = mask.cumsum(1) - 1
+    batch["position_ids"] = positions - (segments == 1).sum(1, keepdim=True) * (segments == 2)
+    keys, queries = rearrange(segments, "b t -> b 1 1 t"), rearrange(segments, "b t -> b 1 t 1")
+    seen = ((keys == 0) | (keys == queries)) & rearrange(mask, "b t -> b 1 1 t").bool()
+    seen = seen.tril()                                                          # (B, 1, T, T)
+    dtype = next(model.parameters()).dtype
+    batch["attention_mask"] = torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)
+    return batch
 
+
+def response_logps(model, batch):
+    """(logps, lengths), each (2, B): log-probabilities (nats) summed over the tokens of the chosen and rejected responses of B pairs,
+    and the number of those tokens. The batch has B rows that hold both responses, or 2B rows, the chosen ones first.
+
+    Position t predicts token t + 1, except that a second response's first token is predicted by the prompt's last position.
+    """
+    batch, segments = dict(batch), batch["segments"]
+    targets, shared = batch.pop("labels"), segments.max() > 1
+    if not shared:
+        batch.pop("segments")
+    hidden = getattr(model, model.base_model_prefix)(**(side_by_side(model, batch) if shared else batch), use_cache=False).last_hidden_state
+    row, at = (targets != -100).nonzero(as_tuple=True)                          # (N,) labelled tokens
+    first = segments[row, at] != segments[row, at - 1]
+    before = torch.where(first, (segments == 0).int().argmin(1)[row], at) - 1   # the place that predicts each
+    logps = token_logps(hidden[row, before], model.get_output_embeddings(), targets[row, at])
+    num = len(targets) if shared else len(targets) // 2
+    side = segments[row, at] - 1 if shared else row // num                      # 0 chosen, 1 rejected
+    out = torch.zeros(2, num, device=logps.device).index_put((side, row % num), logps, accumulate=True)
+    return out, torch.zeros_like(out).index_put((side, row % num), torch.ones_like(logps), accumulate=True)
+
+
+# ---------------------------------------------------------------- the loss
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     """(losses, chosen rewards, rejected rewards), each (B,), from summed log-probabilities (B,).
@@ -98,11 +140,9 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 
 def sample_preferences(args, judge, ranks):
-    """The preference records of --data. Pairs are sampled for, split over the ranks, and kept in --out/preferences.jsonl."""
+    """The preference records made of the pairs of --data, whose traces the ranks sample in shares. They are kept in --out/preferences.jsonl."""
     path = Path(args.out, "preferences.jsonl")
-    if Path(args.data).is_file() and '"chosen"' in Path(args.data).read_text().partition("\n")[0]:
-        return read_records(args.data, "preference", args.skip_bad)
-    if not args.resume:
+    if not args.resume or not path.exists():
         torch.manual_seed(args.seed + ranks.rank)
         pairs = open_records(args.data, "pair", args.data_num, args.seed, args.skip_bad)
         chosen = random.Random(args.seed).sample(range(len(pairs)), min(len(pairs), args.data_num))
@@ -121,27 +161,55 @@ def main(argv=None):
     args, ranks = parse_args(argv), start_ranks()
     if args.model.startswith("out/") and not Path(args.model).exists():
         raise SystemExit(f"{args.model} is not there yet. Make the judge first: python sft.py")
-    torch.manual_seed(args.seed)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).to(ranks.device).train()
-    model.set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
-    processor, kept = load_processor(args.model), Path(args.template or Path(args.model, "template.txt"))
-    template = kept.read_text() if args.template or kept.exists() else TEMPLATE
-    judge = LocalJudge(model=model, processor=processor, template=template, batch_size=200, max_new_tokens=args.max_new_tokens,
-                       dtype=torch.bfloat16 if args.bf16 else None)
+    ready = Path(args.data).is_file() and '"chosen"' in open(args.data).readline()
     held_out = open_records(args.eval_data, "pair", args.eval_num, 1) if ranks.rank == 0 else []
     held_out = [held_out[i] for i in range(min(len(held_out), args.eval_num))]
     labels = [WINNERS[p["winner"]] for p in held_out]
 
-    def evaluate():
+    def evaluate(judge):
         return evaluate_judge(judge, [comparison(p) for p in held_out], labels, random.Random(0))
 
-    before = evaluate() if ranks.rank == 0 else None
-    records = sample_preferences(args, judge, ranks)
-    reference = None if args.lora_rank else copy.deepcopy(model).requires_grad_(False).eval()
-    if args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets)
+    template = args.template and Path(args.template).read_text()
+    judge = LocalJudge(args.model, template=template, batch_size=200, max_new_tokens=args.max_new_tokens)
+    before = evaluate(judge) if ranks.rank == 0 else None
+    records = read_records(args.data, "preference", args.skip_bad) if ready else sample_preferences(args, judge, ranks)
+    torch.manual_seed(args.seed)
+    lora = args.lora_rank or args.adapter
+    half = ranks.device.type == "cuda" and args.bf16 and lora                   # what LoRA freezes is bfloat16, what trains float32
+    judge = LocalJudge(args.model, template=template, device="cpu" if args.fsdp else ranks.device, dtype=torch.bfloat16 if half else torch.float32)
+    model, processor, template = judge.model, judge.processor, judge.templates[Comparison] or TEMPLATE
+    model.set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
+    share = can_share_prompt(model) if args.share_prompt is None else args.share_prompt
+    reference = None
+    if not lora and not args.precompute_ref:
+        reference = copy.deepcopy(model).requires_grad_(False).eval()
+        shard(reference, ranks, args.fsdp, args.bf16)
+        reference.to(ranks.device)
+    prepare_training(model, ranks, args.lora_rank, args.lora_alpha, args.lora_targets, args.adapter, args.freeze, args.grad_ckpt,
+                     args.compile, args.fsdp, args.bf16)
     params = trainable(model)
-    replicate(model, ranks)
+
+    def forward(policy, pairs):
+        """response_logps of some records, and the share of padding in their batch."""
+        responses = [(p["chosen"], p["rejected"]) for p in pairs] if share else [(p[k],) for k in ("chosen", "rejected") for p in pairs]
+        batch = encode(processor, pairs if share else pairs * 2, responses, template, args.max_tokens)
+        padding = 1 - batch["attention_mask"].float().mean().item()
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16):
+            return *enter(policy, response_logps, {k: v.to(ranks.device) for k, v in batch.items()}), padding
+
+    @torch.no_grad()
+    def reference_logps(pairs):
+        with adapters_off(model) if lora else contextlib.nullcontext():
+            return forward(reference or model, pairs)[0]                        # (2, B)
+
+    ref_table = None
+    if args.precompute_ref:                                                     # every rank does as many batches, so that none waits in vain
+        shares = [range(len(records))[i:i + args.batch_size] for i in range(0, len(records), args.batch_size)]
+        rounds = [shares[(i + ranks.rank) % len(shares)] for i in range(0, len(shares), ranks.world)]
+        found = [(list(part), reference_logps([records[i] for i in part]).cpu()) for part in tqdm(rounds, desc="reference", disable=ranks.rank > 0)]
+        ref_table = torch.empty(2, len(records))
+        for part, values in gather(found, ranks):
+            ref_table[:, part] = values
     optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
     first = load_checkpoint(args.out, params, optimizers, vars(args), ranks) if args.resume else 0
     log = Log(args.out, vars(args), ranks, first)
@@ -156,19 +224,16 @@ def main(argv=None):
         lr = set_lr(optimizers, args.lr, step, args.warmup_steps, args.max_steps)
         indices = batch_indices(records, per_step, step, args.seed, window=8)[ranks.rank::ranks.world]
         for i in range(0, len(indices), args.batch_size):
-            pairs = [records[k] for k in indices[i:i + args.batch_size]]
-            responses = [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
-            batch = {k: v.to(ranks.device) for k, v in encode(processor, pairs * 2, responses, template, args.max_tokens).items()}
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16):
-                with torch.no_grad(), contextlib.nullcontext() if reference else adapters_off(model):
-                    ref_logps, _ = response_logps(reference or model, batch)    # (2B,)
-                logps, lengths = response_logps(model, batch)
-            (chosen, rejected), (ref_chosen, ref_rejected) = (rearrange(x, "(two b) -> two b", two=2) for x in (logps, ref_logps))
+            mine = indices[i:i + args.batch_size]
+            pairs = [records[k] for k in mine]
+            ref_chosen, ref_rejected = reference_logps(pairs) if ref_table is None else ref_table[:, mine].to(ranks.device)
+            (chosen, rejected), lengths, padding = forward(model, pairs)
             losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
             (losses.sum() / per_step).backward()
-            for name, value in {"loss": losses, "nll": -chosen / lengths.chunk(2)[0], "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
-                                "rewards/margin": chosen_rewards - rejected_rewards,
-                                "rewards/accuracy": (chosen_rewards > rejected_rewards).float()}.items():
+            for name, value in {"loss": losses, "nll": -chosen / lengths[0], "rewards/chosen": chosen_rewards,
+                                "rewards/rejected": rejected_rewards, "rewards/margin": chosen_rewards - rejected_rewards,
+                                "rewards/accuracy": (chosen_rewards > rejected_rewards).float(),
+                                "padding": torch.full_like(losses, padding)}.items():
                 sums[name] = sums.get(name, 0) + value.sum().item()
         grad_norm = optimizer_step(list(params.values()), optimizers, ranks, args.max_norm)
         row = {name: total(value, ranks) / per_step for name, value in sums.items()}
@@ -177,15 +242,17 @@ def main(argv=None):
         if step + 1 in (1, args.max_steps) or (step + 1) % args.save_every == 0:
             save_checkpoint(args.out, step + 1, params, optimizers, vars(args), ranks)
 
+    folder = Path(args.out, "model")
+    if lora:
+        save_adapter(Path(args.out, "adapter"), {"base_model.model.": model})
+    if merged := args.merge or not lora:
+        save_whole(lambda: model.save_pretrained(folder), [model], ranks)
     if ranks.rank == 0:
-        if args.lora_rank:
-            save_adapter(Path(args.out, "adapter"), {"base_model.model.": model})
-            merge_lora(model)
-        model.save_pretrained(Path(args.out, "model"))
-        processor.save_pretrained(Path(args.out, "model"))
-        Path(args.out, "model", "template.txt").write_text(template)
         draw_curves(log.rows, ["loss", "rewards/margin", "rewards/accuracy"], Path(args.out, "curves.png"))
-        after = evaluate()
+    if ranks.rank == 0 and merged:
+        processor.save_pretrained(folder)
+        Path(folder, "template.txt").write_text(template)
+        after = evaluate(LocalJudge(folder, batch_size=200, max_new_tokens=args.max_new_tokens))
         print(f"{len(held_out)} held-out pairs".ljust(24), "before   after")
         for name, value in before.items():
             if isinstance(value, float):

@@ -22,8 +22,8 @@ from reward import (Comparison, Failure, asks_judge, blend_advantages, find_judg
                     schedule_pairs, win_rates)
 # toolbox and driver from sft.py; paste those blocks here to stand alone
 from sft import (Done, Log, add_lora, adapters_off, denoisers, draw_curves, draw_grid, gather, generator, load_checkpoint, load_pipeline,
-                 make_optimizers, merge_lora, optimizer_step, peak_gib, pipe_arg, replicate, run, sample_images, save_adapter,
-                 save_checkpoint, save_pipeline, seeded_noise, set_lr, start_ranks, total, trainable)
+                 make_optimizers, optimizer_step, peak_gib, pipe_arg, run, sample_images, save_adapter, save_checkpoint, save_pipeline,
+                 save_whole, seeded_noise, set_lr, shard, start_ranks, total, trainable)
 
 
 def parse_args(argv=None):
@@ -254,7 +254,7 @@ def main(argv=None):
             add_lora(module, args.lora_rank, args.lora_alpha, args.lora_targets)
     params = {prefix + name: p for prefix, module in modules.items() for name, p in trainable(module).items()}
     for module in modules.values():
-        replicate(module, ranks)
+        shard(module, ranks)
     optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
     per_step = args.batch_size * args.accumulation * ranks.world                # prompts
     num_images = per_step * args.group_size
@@ -341,12 +341,10 @@ def main(argv=None):
     if judge:
         after.update(win_rate_over(images_after[:256], images_before[:256], held_out))
         before.update({"win_rate": .5} if "win_rate" in after else {})
+    if args.lora_rank:
+        save_adapter(Path(args.out, "adapter"), modules, "pytorch_lora_weights.safetensors")
+    save_whole(lambda: save_pipeline(pipe, Path(args.out, "model")), modules.values(), ranks)
     if ranks.rank == 0:
-        if args.lora_rank:
-            save_adapter(Path(args.out, "adapter"), modules, "pytorch_lora_weights.safetensors")
-        for module in modules.values():
-            merge_lora(module)
-        save_pipeline(pipe, Path(args.out, "model"))
         draw_curves(log.rows, ["held_out_win_rate", "held_out_true", "held_out_cast", "kl", "ties", "grad_norm"], Path(args.out, "curves.png"))
         rows = [row for i in range(0, min(len(images_after), 48), 12) for row in (images_before[i:i + 12], images_after[i:i + 12])]
         draw_grid(rows, Path(args.out, "before_after.png"))

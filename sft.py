@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText
 
 from data import batch_indices, comparison, encode, know_toy_classes, open_records, toy_models, toy_world, WINNERS
-from reward import LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media, load_processor
+from reward import Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
 
 # ================================================================================================ toolbox
 # What every stage needs and nobody tweaks per stage. Plain arguments in, no name from outside: paste the block to stand alone.
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -40,6 +40,9 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 
 
 class Ranks(NamedTuple):
@@ -83,22 +86,106 @@ def gather(items, ranks):
 
 
 def sync_gradients(params, ranks):
-    """Sum the gradients over ranks; None counts as zero, so that a parameter unused on one rank cannot hang the others."""
-    if ranks.world == 1:
-        return
-    for p in params:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = torch.cat([p.grad.reshape(-1) for p in params])
-    dist.all_reduce(flat)
-    for p, grad in zip(params, flat.split([p.numel() for p in params])):
-        p.grad.copy_(grad.view_as(p))
+    """Sum the gradients over ranks, in buckets of 2^26 numbers; sharded ones are summed already. None counts as zero, so that a
+    parameter unused on one rank cannot hang the others."""
+    params = [p for p in params if not isinstance(p, DTensor)] if ranks.world > 1 else []
+    while params:
+        bucket = [params.pop()]
+        while params and sum(p.numel() for p in bucket) + params[-1].numel() < 2 ** 26:
+            bucket.append(params.pop())
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket])
+        dist.all_reduce(flat)
+        for p, grad in zip(bucket, flat.split([p.numel() for p in bucket])):
+            p.grad = grad.view_as(p)
 
 
-def replicate(model, ranks):
-    """The sharding hook: here every rank keeps a whole copy, made equal to rank 0's."""
-    if ranks.world > 1:
+def blocks(model):
+    """The repeated blocks of a model, the members of its outermost nn.ModuleLists: the units of sharding and compiling."""
+    lists = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer in lists):
+            lists.append(name)
+    return [block for name in lists for block in model.get_submodule(name)]
+
+
+def shard(model, ranks, fsdp=False, bf16=False):
+    """The sharding hook. By default every rank keeps a whole copy, made equal to rank 0's, and sync_gradients sums the gradients (DDP).
+
+    With fsdp, FSDP2: each block's weights lie split over the ranks, are gathered (in bfloat16 with bf16) while the block computes,
+    and gradients are summed in float32. Ranks must have built equal models.
+    """
+    if ranks.world > 1 and not fsdp:
         for p in model.parameters():
             dist.broadcast(p.data, 0)
+    if fsdp and ranks.world > 1:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+        for part in [*blocks(model), model]:
+            fully_shard(part, mp_policy=policy)
+            part.set_gradient_divide_factor(1.0)                                # sums, as the loss is divided already
+            part.set_force_sum_reduction_for_comms(True)
+        model.enter = lambda function, *args: function(model, *args)
+        register_fsdp_forward_method(model, "enter")
+
+
+def enter(model, function, *args):
+    """function(model, *args) as one forward pass of the model, so that FSDP has its outermost weights (embeddings, head) at hand."""
+    return model.enter(function, *args) if isinstance(model, FSDPModule) else function(model, *args)
+
+
+def whole(x):
+    """A tensor as it is, a shard gathered from all ranks (who all must ask); anything else as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def like(x, p):
+    """A whole tensor split over the ranks as the parameter p is."""
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) else x
+
+
+class TokenLogps(torch.autograd.Function):
+    """log softmax(hidden W^T)[target] of N tokens, (N,) in float32, without the (N, V) logits: they are made for `rows` tokens at a time.
+
+    Where the head W (V, H) is frozen, d logp / d hidden = W[target] - softmax W is (N, H) and is formed in the same pass, so that
+    backward computes nothing twice. Where it trains, backward makes the logits of each chunk again. Call token_logps.
+    """
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, rows, grad):
+        slope = torch.empty_like(hidden) if grad and not weight.requires_grad else None         # (N, H)
+        logps = torch.empty(len(hidden), device=hidden.device)
+        for h, target, at in zip(hidden.split(rows), targets.split(rows), torch.arange(len(hidden)).split(rows)):
+            logits = (h @ weight.T).float()                                     # (rows, V)
+            norm = logits.logsumexp(1, keepdim=True)
+            logps[at[0]:at[-1] + 1] = (logits.gather(1, target[:, None]) - norm).squeeze(1)
+            if slope is not None:
+                slope[at[0]:at[-1] + 1] = weight[target] - logits.sub_(norm).exp_().to(h.dtype) @ weight
+        ctx.rows = rows
+        ctx.save_for_backward(*((slope,) if slope is not None else (hidden, weight, targets)))
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        if len(ctx.saved_tensors) == 1:
+            return (ctx.saved_tensors[0] * grad[:, None]).to(ctx.saved_tensors[0].dtype), None, None, None, None
+        hidden, weight, targets = ctx.saved_tensors
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        for h, d, target, g in zip(*(x.split(ctx.rows) for x in (hidden, d_hidden, targets, grad))):
+            slope = (h @ weight.T).float().softmax(1).mul_(-g[:, None])         # (rows, V)
+            slope.scatter_add_(1, target[:, None], g[:, None])
+            slope = slope.to(h.dtype)
+            d.copy_(slope @ weight)
+            d_weight += slope.T @ h
+        return d_hidden, d_weight.to(weight.dtype), None, None, None
+
+
+def token_logps(hidden, head, targets):
+    """Log-probabilities (nats) of the tokens `targets` (N,), from the hidden states (N, H) before them and the model's output layer."""
+    device = hidden.device.type
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise ValueError(f"the output layer is {head}; expected a plain nn.Linear without bias. Keep adapters off it")
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    rows = max(1, 2 ** 25 // len(head.weight))                                  # 128 MiB of logits at a time
+    with torch.autocast(device, enabled=False):
+        return TokenLogps.apply(hidden.to(dtype), head.weight.to(dtype), targets, rows, torch.is_grad_enabled() and hidden.requires_grad)
 
 
 class LoRALinear(nn.Module):
@@ -122,11 +209,10 @@ class LoRALinear(nn.Module):
         return y + (F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scale).to(y.dtype)
 
     @torch.no_grad()
-    def merged(self):
-        """The base layer with the adapter added to its weight."""
-        weight = self.base.weight
-        weight.copy_((weight.float() + self.scale * self.lora_B @ self.lora_A).to(weight.dtype))
-        return self.base
+    def merged_weight(self):
+        """The base layer's weight with the adapter added, gathered where it is sharded."""
+        weight = whole(self.base.weight)
+        return (weight.float() + self.scale * whole(self.lora_B) @ whole(self.lora_A)).to(weight.dtype)
 
 
 def lora_layers(model):
@@ -138,20 +224,47 @@ def replace_module(model, name, new):
     setattr(model.get_submodule(parent), leaf, new)
 
 
-def add_lora(model, rank, alpha, targets):
-    """Freeze the model and put adapters on every nn.Linear whose full name matches the regular expression `targets`."""
+PARTS = {"projector": r"merger|projector|connector|qformer", "vision": r"(^|\.)(visual|vision_\w+|image_encoder)\.", "language": ""}
+
+
+def part_of(name):
+    """Which part of a vision-language model a parameter belongs to: projector, vision or language."""
+    return next(part for part, pattern in PARTS.items() if re.search(pattern, name))
+
+
+def add_lora(model, rank, alpha, targets, skip=()):
+    """Freeze the model and put adapters on every nn.Linear whose full name matches the regular expression `targets`, outside the parts
+    in `skip`."""
     model.requires_grad_(False)
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(targets, n)]
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(targets, n) and part_of(n) not in skip]
     if not names:
-        raise ValueError(f"--lora-targets {targets!r} matches no linear layer of {type(model).__name__}.")
+        raise ValueError(f"--lora-targets {targets!r} matches no linear layer of {type(model).__name__} outside {list(skip)}.")
     for name in names:
         replace_module(model, name, LoRALinear(model.get_submodule(name), rank, alpha))
 
 
-def merge_lora(model):
-    """Add every adapter to its weight and remove it."""
-    for name, layer in lora_layers(model).items():
-        replace_module(model, name, layer.merged())
+def whole_state(model):
+    """{name: tensor on the CPU} of a model without adapters: they are merged, shards are gathered. All ranks must call it."""
+    layers, out, seen = lora_layers(model), {}, set()
+    for name, x in model.state_dict(keep_vars=True).items():
+        layer, _, leaf = name.rpartition(".base.")
+        if id(x) in seen or re.search(r"\.lora_[AB]$", name):                   # tied weights come once
+            continue
+        seen.add(id(x))
+        x = layers[layer].merged_weight() if layer in layers and leaf == "weight" else whole(x.detach())
+        out[f"{layer}.{leaf}" if layer in layers else name] = x.cpu()
+    return out
+
+
+def save_whole(save, modules, ranks):
+    """Call save(), some save_pretrained, on rank 0, in which the state_dict of the `modules` is their whole_state. All ranks call it."""
+    states = [whole_state(module) for module in modules]
+    for module, state in zip(modules, states):
+        module.state_dict = lambda *args, state=state, **kwargs: state
+    if ranks.rank == 0:
+        save()
+    for module in modules:
+        del module.state_dict
 
 
 @contextlib.contextmanager
@@ -171,18 +284,62 @@ def adapters_off(*models):
 def save_adapter(folder, modules, filename="adapter_model.safetensors"):
     """Write the adapters of {prefix of the names: module} in the layout of PEFT ("base_model.model.") or diffusers ("transformer.").
 
-    alpha / r is folded into B and alpha = r is written, since readers disagree about alpha and silently halve the strength.
+    alpha / r is folded into B and alpha = r is written, since readers disagree about alpha and silently halve the strength. All ranks
+    call it, rank 0 writes.
     """
-    os.makedirs(folder, exist_ok=True)
     layers, tensors = {f"{prefix}{name}": layer for prefix, m in modules.items() for name, layer in lora_layers(m).items()}, {}
     for name, layer in layers.items():
-        tensors[f"{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"{name}.lora_B.weight"] = (layer.lora_B.detach() * layer.scale).cpu().contiguous()
+        tensors[f"{name}.lora_A.weight"] = whole(layer.lora_A.detach()).cpu().contiguous()
+        tensors[f"{name}.lora_B.weight"] = (whole(layer.lora_B.detach()) * layer.scale).cpu().contiguous()
+    if dist.is_initialized() and dist.get_rank():
+        return
+    os.makedirs(folder, exist_ok=True)
     save_file(tensors, os.path.join(folder, filename), metadata={"format": "pt"})
     rank = next(iter(layers.values())).rank
     with open(os.path.join(folder, "adapter_config.json"), "w") as file:
         json.dump({"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none",
                    "target_modules": sorted(name.removeprefix("base_model.model.") for name in layers)}, file, indent=1)
+
+
+def load_adapter(model, folder):
+    """Put the LoRA adapter of a folder, ours or PEFT's, on the model; its layers train on. ValueError names what does not fit."""
+    with open(os.path.join(folder, "adapter_config.json")) as file:
+        config = json.load(file)
+    changed = [k for k in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out") if config.get(k)]
+    if config["peft_type"] != "LORA" or config.get("bias", "none") != "none" or changed:
+        raise ValueError(f"{folder}: an adapter with {changed or config['peft_type']}; only plain LoRA of one rank is read")
+    tensors = {name.removeprefix("base_model.model."): x for name, x in load_file(os.path.join(folder, "adapter_model.safetensors")).items()}
+    names = {name.rpartition(".lora_")[0] for name in tensors}
+    strange = sorted(names - {name for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+    if strange:
+        raise ValueError(f"{folder}: adapters for layers that {type(model).__name__} does not have, as {strange[0]}")
+    alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1)
+    add_lora(model, config["r"], alpha, "^(" + "|".join(map(re.escape, names)) + ")$")
+    for name, layer in lora_layers(model).items():
+        layer.lora_A.data.copy_(tensors[f"{name}.lora_A.weight"])
+        layer.lora_B.data.copy_(tensors[f"{name}.lora_B.weight"])
+
+
+def prepare_training(model, ranks, lora_rank=0, lora_alpha=None, lora_targets="", adapter=None, freeze=(), grad_ckpt=False,
+                     compile=False, fsdp=False, bf16=False):
+    """Add adapters, freeze the parts in `freeze` (any of PARTS), set up recomputation, compile and shard; the model comes out on its
+    device, and what trains is trainable(model). grad_ckpt: blocks keep their inputs alone and compute once more in backward."""
+    if adapter:
+        load_adapter(model, adapter)
+    elif lora_rank:
+        add_lora(model, lora_rank, lora_alpha or lora_rank, lora_targets, freeze)
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and part_of(name) not in freeze)
+    if not trainable(model):
+        raise ValueError(f"--freeze {' '.join(freeze)} leaves nothing to train")
+    if grad_ckpt and hasattr(model, "gradient_checkpointing_enable"):           # transformers
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif grad_ckpt:                                                             # diffusers
+        model.enable_gradient_checkpointing()
+    for block in blocks(model) if compile else []:
+        block.compile()
+    shard(model.train(), ranks, fsdp, bf16)
+    model.to(ranks.device)
 
 
 def has_bf16():
@@ -222,7 +379,7 @@ def set_lr(optimizers, lr, step, warmup, max_steps):
 def optimizer_step(params, optimizers, ranks, max_norm):
     """Sum over ranks, clip, step, zero; returns the norm before clipping. A gradient that is not finite stops the run."""
     sync_gradients(params, ranks)
-    norm = nn.utils.clip_grad_norm_(params, max_norm).item()
+    norm = whole(nn.utils.clip_grad_norm_(params, max_norm)).item()
     if not math.isfinite(norm):
         raise RuntimeError(f"the gradient norm is {norm}: lower the learning rate, or look at the last batch")
     for optimizer in optimizers:
@@ -231,17 +388,27 @@ def optimizer_step(params, optimizers, ranks, max_norm):
     return norm
 
 
+def digest(path):
+    """blake2b of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
 def save_checkpoint(run, step, params, optimizers, args, ranks):
-    """Write run/step_000123/ aside and rename it: weights.safetensors, state.pt (optimizers, RNG of each rank), args.json."""
-    rng = gather([torch.get_rng_state()], ranks)
+    """Write run/step_000123/ aside and rename it: weights.safetensors, state.pt (optimizers, RNG of each rank), args.json, which closes
+    with the digests of both. A kill at any moment leaves the checkpoints before. Shards are gathered, so all ranks call it."""
+    rng = gather([[torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if ranks.device.type == "cuda" else [])], ranks)
+    weights = {n: whole(p.detach()).cpu().contiguous() for n, p in params.items()}
+    states = [tree_map(whole, o.state_dict()) for o in optimizers]
     if ranks.rank == 0:
         folder, aside = os.path.join(run, f"step_{step:06d}"), os.path.join(run, "aside")
         shutil.rmtree(aside, ignore_errors=True)
         os.makedirs(aside)
-        save_file({n: p.detach().contiguous() for n, p in params.items()}, os.path.join(aside, "weights.safetensors"))
-        torch.save({"step": step, "optimizers": [o.state_dict() for o in optimizers], "rng": rng}, os.path.join(aside, "state.pt"))
+        files = {name: os.path.join(aside, name) for name in ("weights.safetensors", "state.pt")}
+        save_file(weights, files["weights.safetensors"])
+        torch.save({"step": step, "optimizers": states, "rng": rng}, files["state.pt"])
         with open(os.path.join(aside, "args.json"), "w") as file:
-            json.dump(args, file, indent=1)
+            json.dump({"args": args, "digests": {name: digest(path) for name, path in files.items()}}, file, indent=1)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
         for old in sorted(f for f in os.listdir(run) if f.startswith("step_"))[:-2]:
@@ -251,30 +418,45 @@ def save_checkpoint(run, step, params, optimizers, args, ranks):
 
 
 def load_checkpoint(run, params, optimizers, args, ranks):
-    """Restore the newest checkpoint of `run` and return its step; ValueError if it belongs to other weights or options."""
+    """Restore the newest checkpoint of `run` and return its step, 0 where there is none yet; ValueError if it is damaged or belongs to
+    other weights, options or ranks, naming what differs."""
     folders = sorted(f for f in (os.listdir(run) if os.path.isdir(run) else []) if f.startswith("step_"))
     if not folders:
-        raise ValueError(f"--resume: no checkpoint in {run}. Start without --resume.")
+        if ranks.rank == 0:
+            print(f"--resume: no checkpoint in {run} yet, starting from the first step", flush=True)
+        return 0
     folder = os.path.join(run, folders[-1])
-    with open(os.path.join(folder, "args.json")) as file:
-        saved = json.load(file)
-    differs = [f"{k} {saved.get(k)!r} -> {v!r}" for k, v in args.items()
-               if saved.get(k) != v and k not in ("resume", "out", "save_every", "eval_every")]
+    files = {name: os.path.join(folder, name) for name in ("weights.safetensors", "state.pt")}
+    try:
+        with open(os.path.join(folder, "args.json")) as file:
+            saved = json.load(file)
+        damaged = [name for name, path in files.items() if digest(path) != saved["digests"][name]]
+    except (OSError, ValueError, KeyError) as error:
+        damaged = [repr(error)]
+    if damaged:
+        raise ValueError(f"--resume: {folder} is damaged ({', '.join(damaged)}). Remove it to resume from the one before")
+    differs = [f"{k} {saved['args'].get(k)!r} -> {v!r}" for k, v in args.items()
+               if saved["args"].get(k) != v and k not in ("resume", "out", "save_every", "eval_every")]
     if differs:
         raise ValueError(f"--resume: {folder} was made with other options: {', '.join(differs)}")
-    weights = load_file(os.path.join(folder, "weights.safetensors"), device=str(ranks.device))
+    weights = load_file(files["weights.safetensors"])
     if weights.keys() != params.keys():
         raise ValueError(f"--resume: {folder} holds other weights: missing {sorted(params.keys() - weights.keys())[:3]}, "
                          f"unexpected {sorted(weights.keys() - params.keys())[:3]}")
-    with torch.no_grad():
-        for name, p in params.items():
-            p.copy_(weights[name])
-    state = torch.load(os.path.join(folder, "state.pt"), map_location=ranks.device, weights_only=True)
+    state = torch.load(files["state.pt"], map_location="cpu", weights_only=True)
     if len(state["rng"]) != ranks.world:
         raise ValueError(f"--resume: {folder} was made by {len(state['rng'])} ranks, these are {ranks.world}: start as many")
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(like(weights[name], p))
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        owners = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, slots in saved["state"].items():
+            saved["state"][i] = {k: like(x, owners[i]) if x.dim() else x for k, x in slots.items()}
         optimizer.load_state_dict(saved)
-    torch.set_rng_state(state["rng"][ranks.rank].cpu())
+    torch.set_rng_state(state["rng"][ranks.rank][0])
+    if ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(state["rng"][ranks.rank][1])
     return state["step"]
 
 
@@ -287,8 +469,9 @@ class Log:
             return
         os.makedirs(run, exist_ok=True)
         if resumed_step:
-            with open(self.path) as file:
-                self.rows = [row for row in map(json.loads, file) if row.get("step", 0) <= resumed_step]
+            with open(self.path) as file:                   # the last line may be torn; only lines up to the checkpoint are kept
+                lines = [line for line in file if line.endswith("}\n")]
+            self.rows = [row for row in map(json.loads, lines) if row.get("step", 0 if "args" in row else math.inf) <= resumed_step]
         else:
             for old in (f for f in os.listdir(run) if f.startswith("step_")):   # of an earlier run, which --resume would take for ours
                 print(f"{run}/{old} of an earlier run is removed")
@@ -296,8 +479,9 @@ class Log:
             commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
             name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
             self.rows = [{"args": args, "torch": torch.__version__, "device": name, "ranks": ranks.world, "commit": commit}]
-        with open(self.path, "w") as file:
+        with open(self.path + ".aside", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        os.replace(self.path + ".aside", self.path)
 
     def write(self, **row):
         """Append a row; floats are rounded to six significant digits."""
@@ -553,7 +737,10 @@ def parse_args(argv=None):
     # lora
     add("--lora-rank", type=int, default=0, help="0: all weights are trained")
     add("--lora-alpha", type=float, help="default: the rank")
-    add("--lora-targets", default=r"(q|k|v|o|gate|up|down)_proj$|to_(q|k|v|out\.0)$", help="regex on the names of linear layers")
+    add("--lora-targets", default=r"(language|text)_model\..*_proj\w*$|to_(q|k|v|out\.0)$", help="regex on the names of linear layers")
+    add("--adapter", help="folder of a LoRA adapter, ours or PEFT's, to train on; instead of a new one")
+    add("--freeze", nargs="*", default=[], choices=["vision", "projector", "language"], help="parts of the judge that stay as they are")
+    add("--merge", action=flag, default=True, help="write and examine the whole model; without, a LoRA run leaves only its adapter")
     # optim
     add("--optim", choices=["adamw", "muon"], default="muon")
     add("--lr", type=float, help="peak learning rate  [judge 2e-3, generator 4e-3]")
@@ -564,7 +751,10 @@ def parse_args(argv=None):
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
     add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
     # run
-    add("--bf16", action=flag, help="autocast to bfloat16; default: where the hardware multiplies in it")
+    add("--bf16", action=flag, help="compute in bfloat16, keep what is trained in float32; default: where the hardware multiplies in it")
+    add("--fsdp", action=flag, default=False, help="split weights, gradients and optimizer over the ranks (FSDP2) instead of copying them")
+    add("--grad-ckpt", action=flag, default=False, help="gradient checkpointing: less memory, a third more time")
+    add("--compile", action=flag, default=False, help="torch.compile each block")
     add("--max-new-tokens", type=int, help="longest verdict written in evaluations  [toy 256, else 2048]")
     add("--seed", type=int, default=0)
     add("--out", help="run folder  [out/judge-sft, out/generator-sft]")
@@ -587,13 +777,12 @@ def parse_args(argv=None):
 def response_loss(model, batch):
     """Summed cross-entropy (nats) over the labelled tokens of a batch; the mean per token is this over their number.
 
-    Logits are made only where there is a label, (N, V) instead of (B, T, V), and the softmax is taken in float32.
+    Only labelled positions go through the output layer, chunk by chunk: the logits, (B, T, V), are never there at once.
     """
     batch = dict(batch)
     targets = batch.pop("labels")[:, 1:]                                        # position t predicts token t + 1
     hidden = getattr(model, model.base_model_prefix)(**batch, use_cache=False).last_hidden_state[:, :-1]
-    logits = model.get_output_embeddings()(hidden[targets != -100])             # (N, V)
-    return F.cross_entropy(logits.float(), targets[targets != -100], reduction="sum")
+    return -token_logps(hidden[targets != -100], model.get_output_embeddings(), targets[targets != -100]).sum()
 
 
 class Judge:
@@ -602,44 +791,43 @@ class Judge:
 
     def __init__(self, args, ranks):
         if args.model == "toy":
-            self.model, self.processor = toy_models().make_judge(args.seed)
-            self.template = toy_models().INSTRUCTION
+            (self.model, self.processor), self.template = toy_models().make_judge(args.seed), toy_models().INSTRUCTION
         else:
-            self.model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32)
-            self.processor, kept = load_processor(args.model), Path(args.model, "template.txt")
-            self.template = kept.read_text() if kept.exists() else TEMPLATE
-        if args.template:
-            self.template = Path(args.template).read_text()
-        self.model.to(ranks.device).set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
+            half = ranks.device.type == "cuda" and args.bf16 and (args.lora_rank or args.adapter)       # what LoRA freezes
+            judge = LocalJudge(args.model, template=args.template and Path(args.template).read_text(),
+                               device="cpu" if args.fsdp else ranks.device, dtype=torch.bfloat16 if half else torch.float32)
+            self.model, self.processor, self.template = judge.model, judge.processor, judge.templates[Comparison] or TEMPLATE
+        self.model.set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
         self.modules, self.args, self.device = {"base_model.model.": self.model}, args, ranks.device
         self.records = open_records(args.data, "trace", args.max_steps * args.batch_size * args.accumulation * ranks.world, args.seed,
                                     args.skip_bad)
         self.window = 8 if isinstance(self.records, list) else 1                # by length, toy batches would hold one type of prompt each
 
     def batch(self, indices, step):
-        """(what loss() takes, its number of labelled tokens) for these records."""
+        """(what loss() takes, its number of labelled tokens, the share of padding) for these records."""
         records = [self.records[i] for i in indices]
         batch = encode(self.processor, records, [r["response"] for r in records], self.template, self.args.max_tokens)
-        return {k: v.to(self.device) for k, v in batch.items()}, (batch["labels"] != -100).sum().item()
+        num_targets, padding = (batch["labels"] != -100).sum().item(), 1 - batch["attention_mask"].float().mean().item()
+        return {k: v.to(self.device) for k, v in batch.items()}, num_targets, padding
 
     def loss(self, batch):
-        return response_loss(self.model, batch)
+        return enter(self.model, response_loss, batch)
 
     def evaluate(self, out):
         """Numbers on held-out pairs, and verdict.png: one verdict next to its two images."""
         pairs = open_records(self.args.eval_data, "pair", self.args.eval_num, 1)
         pairs = [pairs[i] for i in range(min(len(pairs), self.args.eval_num))]
-        judge = LocalJudge(model=self.model, processor=self.processor, template=self.template, batch_size=200,
-                           dtype=torch.bfloat16 if self.args.bf16 else None, max_new_tokens=self.args.max_new_tokens)
+        judge = LocalJudge(out / "model", batch_size=200, max_new_tokens=self.args.max_new_tokens)
         result = evaluate_judge(judge, [comparison(p) for p in pairs], [WINNERS[p["winner"]] for p in pairs], random.Random(0))
         shown = comparison(pairs[0], swap=result["flipped"][0])
         draw_verdict(shown.media_1 + shown.media_2, [format_verdict(result["verdicts"][0], shown.prompt)], out / "verdict.png")
         return {k: v for k, v in result.items() if isinstance(v, (int, float))}
 
-    def save(self, folder):
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-        Path(folder, "template.txt").write_text(self.template)
+    def save(self, folder, ranks):
+        save_whole(lambda: self.model.save_pretrained(folder), [self.model], ranks)
+        if ranks.rank == 0:
+            self.processor.save_pretrained(folder)
+            Path(folder, "template.txt").write_text(self.template)
 
 
 # ---------------------------------------------------------------- the generator: flow matching
@@ -672,11 +860,11 @@ class Generator:
                                   for i in range(0, len(self.records), 256)])   # (N, ...)
 
     def batch(self, indices, step):
-        """(what loss() takes, the number of records): noise and noise levels are functions of (seed, step, record)."""
+        """(what loss() takes, the number of records, no padding): noise and noise levels are functions of (seed, step, record)."""
         x0, seed = self.latents[indices], self.args.seed
         noise = torch.stack([seeded_noise(x0.shape[1:], seed, step, i) for i in indices]).to(x0)
         sigma = torch.stack([seeded_noise((), seed, step, i, "sigma") for i in indices]).add(self.args.sigma_mean).sigmoid().to(x0)   # (B,)
-        return (x0, noise, sigma, [self.records[i]["prompt"] for i in indices]), len(indices)
+        return (x0, noise, sigma, [self.records[i]["prompt"] for i in indices]), len(indices), 0.0
 
     def loss(self, batch):
         """Flow matching (arXiv 2210.02747): the mean squared error of the velocity noise - x0 at x = (1 - sigma) x0 + sigma noise, summed over B."""
@@ -689,12 +877,14 @@ class Generator:
         """samples.png, and in the toy world the share of samples that the pixel oracle finds true to their prompts."""
         prompts = open_records(self.args.eval_data, "prompt", self.args.eval_num, 1)
         prompts = [prompts[i] for i in range(min(len(prompts), self.args.eval_num))]
-        images = sample_images(self.pipe, [p["prompt"] for p in prompts], range(len(prompts)), **self.args.pipe_arg)
+        know_toy_classes(out / "model")
+        pipe = load_pipeline(out / "model", self.pipe.device)
+        images = sample_images(pipe, [p["prompt"] for p in prompts], range(len(prompts)), **self.args.pipe_arg)
         draw_grid([images[i:i + 8] for i in range(0, min(len(images), 64), 8)], out / "samples.png")
         return toy_world().truth(prompts, images) if "toy_prompt" in prompts[0] else {}
 
-    def save(self, folder):
-        save_pipeline(self.pipe, folder)
+    def save(self, folder, ranks):
+        save_whole(lambda: save_pipeline(self.pipe, folder), self.modules.values(), ranks)
 
 
 # ---------------------------------------------------------------- the loop
@@ -703,12 +893,10 @@ def main(argv=None):
     args, ranks = parse_args(argv), start_ranks()
     torch.manual_seed(args.seed)
     task = Judge(args, ranks) if args.task == "judge" else Generator(args, ranks)
-    if args.lora_rank:
-        for module in task.modules.values():
-            add_lora(module, args.lora_rank, args.lora_alpha, args.lora_targets)
-    params = {prefix + name: p for prefix, module in task.modules.items() for name, p in trainable(module).items()}
     for module in task.modules.values():
-        replicate(module.train(), ranks)
+        prepare_training(module, ranks, args.lora_rank, args.lora_alpha, args.lora_targets, args.adapter, args.freeze, args.grad_ckpt,
+                         args.compile, args.fsdp, args.bf16)
+    params = {prefix + name: p for prefix, module in task.modules.items() for name, p in trainable(module).items()}
     optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
     first = load_checkpoint(args.out, params, optimizers, vars(args), ranks) if args.resume else 0
     log = Log(args.out, vars(args), ranks, first)
@@ -723,31 +911,30 @@ def main(argv=None):
         indices = batch_indices(task.records, per_step, step, args.seed, task.window)[ranks.rank::ranks.world]
         batches = [task.batch(indices[i:i + args.batch_size], step) for i in range(0, len(indices), args.batch_size)]
         lr = set_lr(optimizers, args.lr, step, args.warmup_steps, args.max_steps)
-        num_targets = total(sum(n for _, n in batches), ranks)                  # of the whole global batch
+        num_targets = total(sum(n for _, n, _ in batches), ranks)               # of the whole global batch
+        padding = total(sum(share for *_, share in batches), ranks) / (args.accumulation * ranks.world)
         loss = 0.0
-        for batch, _ in batches:
+        for batch, *_ in batches:
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16):
                 part = task.loss(batch) / num_targets
             part.backward()
             loss += part.item()
         grad_norm = optimizer_step(list(params.values()), optimizers, ranks, args.max_norm)
         loss = total(loss, ranks)
-        log.write(step=step + 1, loss=loss, lr=lr, grad_norm=grad_norm, targets=int(num_targets),
+        log.write(step=step + 1, loss=loss, lr=lr, grad_norm=grad_norm, targets=int(num_targets), padding=padding,
                   records_per_s=per_step / (time.time() - began), peak_gib=peak_gib())
         bar.set_postfix(loss=f"{loss:.3f}")
         if step + 1 in (1, args.max_steps) or (step + 1) % args.save_every == 0:
             save_checkpoint(args.out, step + 1, params, optimizers, vars(args), ranks)
 
+    if args.lora_rank or args.adapter:
+        save_adapter(Path(args.out, "adapter"), task.modules, task.adapter_file)
+    if merged := args.merge or not (args.lora_rank or args.adapter):
+        task.save(Path(args.out, "model"), ranks)
     if ranks.rank == 0:
-        if args.lora_rank:
-            save_adapter(Path(args.out, "adapter"), task.modules, task.adapter_file)
-        for module in task.modules.values():
-            merge_lora(module.eval())
-        task.save(Path(args.out, "model"))
         draw_curves(log.rows, task.curves, Path(args.out, "curves.png"))
-        result = task.evaluate(Path(args.out))
+        result = task.evaluate(Path(args.out)) if merged else {}
         log.write(**result)
-        print("\n".join(f"  {k:22s} {v:.3f}" for k, v in result.items()))
         print(f"model, log.jsonl and pictures are in {args.out}/")
 
 

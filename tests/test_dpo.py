@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from transformers import AutoModelForImageTextToText
+
 import data
 import dpo
 import sft
+from reward import load_processor
 from test_sft import SMALL, preferences, rows, weights
 
 GOOD = ('{"categories":[{"name":"A. Semantic Alignment","dims":[{"name":"Color","reason_1":"a","reason_2":"b","score_1":7,"score_2":3}],'
@@ -26,19 +29,25 @@ def test_loss_is_ln2_at_equal_policies_and_the_closed_form_elsewhere():
     torch.testing.assert_close(torch.cat([chosen, rejected]), torch.tensor([.1, -.4]))
 
 
-def test_logps_are_minus_cross_entropy_per_token(judge_folder):
-    """An unshifted log-probability also gives ln 2 at step 0; only this catches it."""
-    model = dpo.AutoModelForImageTextToText.from_pretrained(judge_folder).eval()
-    records = data.toy_world().Records("train", "trace", 3)
-    batch = data.encode(dpo.load_processor(judge_folder), list(records), [r["response"] for r in records])
+@pytest.mark.parametrize("shared", [True, False])
+def test_logps_are_minus_cross_entropy_per_token(shared, judge_folder):
+    """An unshifted log-probability also gives ln 2 at step 0; only this catches it. With chosen and rejected after one prompt, each
+    must be as if it were alone."""
+    model, processor = AutoModelForImageTextToText.from_pretrained(judge_folder).eval(), load_processor(judge_folder)
+    records = list(data.toy_world().Records("train", "trace", 3))
+    pairs = [(r["response"], r["response"][:40 + 30 * i]) for i, r in enumerate(records)]
+    rows = pairs if shared else [(pair[k],) for k in range(2) for pair in pairs]
     with torch.no_grad():
-        logps, lengths = dpo.response_logps(model, batch)
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    for b in range(3):
-        steps = [(t - 1, batch["labels"][b, t]) for t in range(1, logits.shape[1]) if batch["labels"][b, t] != -100]
-        expected = sum(-torch.nn.functional.cross_entropy(logits[b, t], y) for t, y in steps)
-        torch.testing.assert_close(logps[b], expected, atol=1e-3, rtol=1e-4)
-        assert lengths[b] == len(steps)
+        logps, lengths = dpo.response_logps(model, data.encode(processor, records if shared else records * 2, rows))
+    for k in range(2):
+        batch = data.encode(processor, records, [pair[k] for pair in pairs])
+        with torch.no_grad():
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        for b in range(3):
+            steps = [(t - 1, batch["labels"][b, t]) for t in range(1, logits.shape[1]) if batch["labels"][b, t] != -100]
+            expected = sum(-torch.nn.functional.cross_entropy(logits[b, t], y) for t, y in steps)
+            torch.testing.assert_close(logps[k, b], expected, atol=1e-3, rtol=1e-4)
+            assert lengths[k, b] == len(steps)
 
 
 @pytest.mark.parametrize("traces, winner, expected", [

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter
 SIZE, CELL = 48, 16
 SHAPES = ["circle", "square", "triangle", "star"]
 COLORS = {"red": (215, 40, 40), "green": (30, 160, 60), "blue": (45, 80, 220), "yellow": (240, 205, 30)}
-PLAIN, CLASHING = [(238, 238, 238), (222, 222, 226)], [(225, 60, 205), (120, 235, 235)]
+PLAIN, CLASHING = (238, 238, 238), [(225, 60, 205), (120, 235, 235)]
 NUMBERS = ["none", "one", "two", "three", "four", "five"]
 RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 PAIR_TYPES = ("two", "binding", "spatial")
@@ -183,7 +183,7 @@ def render(prompt, scene):
     rng = random.Random(scene.seed)
     noise = np.random.RandomState(scene.seed)
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
-    canvas[:] = rng.choice(CLASHING if scene.background == "clashing" else PLAIN)
+    canvas[:] = rng.choice(CLASHING) if scene.background == "clashing" else PLAIN
     if scene.background in ("tinted", "tiled"):      # a colour cast, on the whole or cell by cell
         strength, cast = 6 * 7.5 ** rng.random(), noise.randn(1 if scene.background == "tinted" else 9, 3)
         cast = (cast - cast.max(1, keepdims=True)) / np.ptp(cast, axis=1, keepdims=True) * strength
@@ -380,19 +380,12 @@ def neighbours(x, reduce):
 
 def components(on):
     """Connected areas (4-neighbours) of a boolean (48, 48) map, as boolean maps."""
-    todo, out = on.copy(), []
-    while todo.any():
-        stack, area = [tuple(np.argwhere(todo)[0])], np.zeros_like(on)
-        todo[stack[0]] = False
-        while stack:
-            y, x = stack.pop()
-            area[y, x] = True
-            for v, u in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
-                if 0 <= v < SIZE and 0 <= u < SIZE and todo[v, u]:
-                    todo[v, u] = False
-                    stack.append((v, u))
-        out.append(area)
-    return out
+    paper = Image.fromarray(on.astype(np.uint8))
+    while (spots := np.argwhere(np.asarray(paper) == 1)).size:
+        ImageDraw.floodfill(paper, tuple(spots[0, ::-1].tolist()), 2)
+        area = np.asarray(paper) == 2
+        paper.paste(0, mask=Image.fromarray(area))
+        yield area
 
 
 def border(x):
@@ -452,7 +445,7 @@ def success(prompt, image):
 def picture_stats(images):
     """Means over images of four measures in grey levels (0..255) that content does not move: what an eye calls drift.
 
-    cast   spread of the channels of the ground color; 0 to 4 for plain grounds
+    cast   spread of the channels of the ground color; 0 for the plain ground
     tiles  standard deviation between the ground colors of the nine cells, the colour steps of a patchwork
     noise  mean distance of a ground pixel from the mean of its neighbours
     edge   strongest steps between neighbouring pixels (98th percentile): sharpness
