@@ -16,6 +16,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -195,7 +196,7 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
     def pad(parts, value):                           # (B, T)
         return torch.tensor([part + [value] * (longest - len(part)) for part in parts])
 
-    out = {k: torch.as_tensor(v) if not isinstance(v, list) or not torch.is_tensor(v[0]) else torch.cat(v) for k, v in batch.items()}
+    out = {k: torch.cat(v) if isinstance(v, list) and torch.is_tensor(v[0]) else torch.as_tensor(np.asarray(v)) for k, v in batch.items()}
     out["input_ids"] = pad([p + t for p, t in rows], tokenizer.pad_token_id)
     out["attention_mask"] = pad([[1] * len(p + t) for p, t in rows], 0)
     out["labels"] = pad([[-100] * len(p) + t for p, t in rows], -100)

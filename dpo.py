@@ -39,7 +39,7 @@ def parse_args(argv=None):
     add("--num-traces", type=int, default=4, help="traces per pair")
     add("--temperature", type=float, default=.7, help="of the sampled traces")
     add("--eval-data", default="toy:test", help="JSONL of pairs that are not trained on")
-    add("--eval-num", type=int, default=600, help="records of it that are used, before and after")
+    add("--eval-num", type=int, default=400, help="records of it that are used, before and after")
     add("--max-tokens", type=int, default=8192, help="a longer record is refused, never cut")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
     # lora

@@ -360,11 +360,13 @@ def trainable(model):
 
 def make_optimizers(params, kind, lr, weight_decay):
     """adamw: one AdamW. muon: Muon (momentum, orthogonalised) on the matrices of numbered blocks, AdamW on the rest."""
-    blocks = {n: p for n, p in params.items() if kind == "muon" and p.ndim == 2 and re.search(r"\.\d+\.", n)}
-    rest = [p for n, p in params.items() if n not in blocks]
+    if kind == "muon" and any(isinstance(p, DTensor) for p in params.values()):
+        raise ValueError("Muon needs whole matrices and --fsdp splits them: pass --optim adamw")
+    matrices = {n: p for n, p in params.items() if kind == "muon" and p.ndim == 2 and re.search(r"\.\d+\.", n)}
+    rest = [p for n, p in params.items() if n not in matrices]
     out = [torch.optim.AdamW(rest, lr, betas=(.9, .98), weight_decay=weight_decay, eps=1e-10)] if rest else []
-    if blocks:
-        out.append(torch.optim.Muon(blocks.values(), lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if matrices:
+        out.append(torch.optim.Muon(matrices.values(), lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return out
 
 
@@ -727,7 +729,7 @@ def parse_args(argv=None):
     # data
     add("--data", default="toy", help="JSONL of traces (judge) or captioned images (generator); toy: made as needed")
     add("--eval-data", default="toy:test", help="JSONL of pairs (judge) or prompts (generator) that are not trained on")
-    add("--eval-num", type=int, help="records of it that are used  [judge 600, generator 256]")
+    add("--eval-num", type=int, help="records of it that are used  [judge 400, generator 256]")
     add("--data-num", type=int, default=16000, help="toy images rendered for the generator")
     add("--max-tokens", type=int, default=8192, help="a longer record is refused, never cut")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
@@ -746,7 +748,7 @@ def parse_args(argv=None):
     add("--lr", type=float, help="peak learning rate  [judge 2e-3, generator 4e-3]")
     add("--weight-decay", type=float, default=.01)
     add("--warmup-steps", type=int, default=60)
-    add("--max-steps", type=int, help="optimizer steps  [judge 1400, generator 750]")
+    add("--max-steps", type=int, help="optimizer steps  [judge 1200, generator 750]")
     add("--batch-size", type=int, help="records per rank per micro-step  [judge 16, generator 128]")
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
     add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
@@ -763,7 +765,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
     judge = args.task == "judge"
-    defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=1400 if judge else 750, batch_size=16 if judge else 128, eval_num=600 if judge else 256,
+    defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=1200 if judge else 750, batch_size=16 if judge else 128, eval_num=400 if judge else 256,
                     out=f"out/{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
                     max_new_tokens=256 if args.model == "toy" else 2048)
     for name, value in defaults.items():

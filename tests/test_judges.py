@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def test_transformers_serve_answers_like_the_local_judge(judge_folder, tmp_path)
         while judge is None:
             try:
                 judge = reward.open_judge(f"http://127.0.0.1:{port}#{judge_folder}", max_new_tokens=12, template="{prompt}")
-                judge._open(judge.urls[0] + "/health")
+                urllib.request.urlopen(judge.urls[0] + "/health")
             except OSError:
                 assert process.poll() is None and time.time() < end, (tmp_path / "log").read_text()[-3000:]
                 judge = time.sleep(.5)

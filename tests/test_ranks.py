@@ -1,43 +1,71 @@
-"""torchrun on the CPU: two ranks equal one rank with twice the accumulation, for all three stages."""
+"""torchrun on the CPU: any number of ranks, copies (DDP) or shards (FSDP2), equals one process; a failing rank ends the run."""
+import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from conftest import ROOT
 from test_sft import preferences, rows, weights
 
-COMMON = ["--batch-size", "2", "--max-steps", "3", "--eval-num", "4", "--max-new-tokens", "8", "--warmup-steps", "1", "--no-bf16",
-          "--optim", "adamw", "--lr", "1e-4"]
+COMMON = ["--max-steps", "3", "--eval-num", "4", "--max-new-tokens", "8", "--warmup-steps", "1", "--no-bf16", "--optim", "adamw", "--lr", "1e-4"]
+SIX = {1: ("2", "3"), 2: ("1", "3"), 3: ("1", "2")}     # ranks -> batch size and accumulation: 6 records a step, which 7 or 8 do not divide by
 
 
-def launch(ranks, *command):
-    """Run a stage under torchrun with so many ranks; its output is shown where it fails."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command],
-                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+def launch(ranks, commands, check=True):
+    """Run stages, [[name, *options], ...], one after the other under one torchrun with so many ranks."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    runner = ROOT / "tests" / "run_stages.py"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(runner),
+                           json.dumps(commands)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
 
 
-@pytest.mark.parametrize("stage", ["sft judge", "sft generator", "dpo", "grpo"])
-def test_two_ranks_equal_one_with_twice_the_accumulation(stage, judge_folder, generator_folder, tmp_path):
-    name, _, task = stage.partition(" ")
-    (tmp_path / "bright.py").write_text("import numpy as np\nbright = lambda media, prompts: [float(np.asarray(frames[0]).mean()) for frames in media]\n")
-    options = {"sft judge": ["--model", judge_folder], "sft generator": ["--task", "generator", "--data-num", "40"],
-               "dpo": ["--model", judge_folder, "--lora-rank", "4"],
-               "grpo": ["--model", generator_folder, "--reward", f"{tmp_path}/bright.py:bright", "--lora-rank", "4", "--group-size", "3",
-                        "--eval-every", "0", "--kl", ".1"]}[stage]            # an untrained judge would reward nothing
-    options += ["--data", preferences(tmp_path)] if stage == "dpo" else []
-    for ranks, accumulation in ((1, 2), (2, 1)):
-        out = launch(ranks, f"{name}.py", *options, *COMMON, "--accumulation", str(accumulation), "--out", str(tmp_path / f"ranks{ranks}"))
-    assert f"x {ranks} ranks" in out
-    one, two = rows(tmp_path / "ranks1"), rows(tmp_path / "ranks2")
-    assert len(one) == len(two) == 3
-    for a, b in zip(one, two):
+@pytest.fixture(scope="module")
+def runs(judge_folder, generator_folder, tmp_path_factory):
+    """The folder in which RANKS-STAGE-MODE are the runs of every stage on 1, 2 and 3 processes."""
+    path = tmp_path_factory.mktemp("ranks")
+    (path / "bright.py").write_text("import numpy as np\nbright = lambda media, prompts: [float(np.asarray(frames[0]).mean()) for frames in media]\n")
+    stages = {"sft": ["sft", "--model", judge_folder], "sftlora": ["sft", "--model", judge_folder, "--lora-rank", "4"],
+              "generator": ["sft", "--task", "generator", "--data-num", "7"],
+              "dpo": ["dpo", "--model", judge_folder, "--data", preferences(path), "--lora-rank", "0"],
+              "dpolora": ["dpo", "--model", judge_folder, "--data", preferences(path), "--lora-rank", "4", "--precompute-ref"],
+              "grpo": ["grpo", "--model", generator_folder, "--reward", f"{path}/bright.py:bright", "--lora-rank", "4", "--group-size", "3",
+                       "--eval-every", "0", "--kl", ".1"]}                      # an untrained judge would reward nothing
+    modes = {1: {"ddp": stages}, 2: {"ddp": ["sft", "dpolora", "grpo"], "fsdp": ["sft", "dpolora", "generator"]},
+             3: {"ddp": ["sftlora", "generator"], "fsdp": ["sft", "sftlora", "dpo"]}}
+    for ranks, chosen in modes.items():
+        batch, accumulation = SIX[ranks]
+        launch(ranks, [[*stages[stage], *COMMON, "--batch-size", batch, "--accumulation", accumulation, *["--fsdp"] * (mode == "fsdp"),
+                        "--out", str(path / f"{ranks}-{stage}-{mode}")] for mode, names in chosen.items() for stage in names])
+    return path
+
+
+@pytest.mark.parametrize("run", ["2-sft-ddp", "2-dpolora-ddp", "2-grpo-ddp", "2-sft-fsdp", "2-dpolora-fsdp", "2-generator-fsdp",
+                                 "3-sftlora-ddp", "3-generator-ddp", "3-sft-fsdp", "3-sftlora-fsdp", "3-dpo-fsdp"])
+def test_ranks_equal_one_process(run, runs):
+    single = f"1-{run.split('-')[1]}-ddp"
+    one, many = rows(runs / single), rows(runs / run)
+    assert len(one) == len(many) == 3
+    for a, b in zip(one, many):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-6)
     assert min(row["grad_norm"] for row in one) > 0
-    a, b = weights(tmp_path / "ranks1", 3), weights(tmp_path / "ranks2", 3)
+    a, b = weights(runs / single, 3), weights(runs / run, 3)
     apart = max((a[k] - b[k]).abs().max().item() for k in a)
     assert apart < 2e-4, apart                       # of 3 steps of 1e-4: Adam's sign may flip where a gradient is nearly 0
+    assert (runs / run / "model").exists()
+
+
+def test_a_failing_rank_ends_the_run_with_its_message(judge_folder, tmp_path):
+    """One bad record, which one of two ranks meets in the first step."""
+    lines = open(preferences(tmp_path)).read().splitlines()
+    bad = json.loads(lines[0]) | {"chosen": "word " * 9000}
+    (tmp_path / "bad.jsonl").write_text("\n".join([json.dumps(bad), *lines[1:4]]) + "\n")
+    began = time.time()
+    done = launch(2, [["dpo", "--model", judge_folder, "--data", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "run"), *COMMON, "--batch-size", "2"]],
+                  check=False)
+    assert done.returncode and time.time() - began < 60
+    assert "bad.jsonl:1:" in done.stderr and "more than --max-tokens" in done.stderr

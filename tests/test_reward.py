@@ -389,7 +389,7 @@ def test_batched_greedy_answers_equal_single_ones_and_training_goes_on(tiny):
 def test_an_image_of_a_group_is_encoded_once(tiny, monkeypatch):
     """Four images in all six pairs: the same texts as with images of their own, a third of the work, and nothing is left behind."""
     model, processor = tiny
-    judge, seen, stock = LocalJudge(model=model, processor=processor, template=TEMPLATE, max_new_tokens=12), [], processor.image_processor
+    judge, seen, stock = LocalJudge(model=model, processor=processor, template=TEMPLATE, max_new_tokens=12), [], model.model.visual.forward
     hook = model.model.visual.patch_embed.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     group = [picture(color) for color in ("red", "green", "blue", "white")]
     pairs = [(a, b) for i, a in enumerate(group) for b in group[i + 1:]]
@@ -397,7 +397,7 @@ def test_an_image_of_a_group_is_encoded_once(tiny, monkeypatch):
     own = judge([Comparison("a star", [a.copy()], [b.copy()]) for a, b in pairs])
     hook.remove()
     assert shared == own and len(set(shared)) > 1 and seen == [4 * 4, 12 * 4]
-    assert processor.image_processor is stock and not model.model.visual._forward_hooks and not model.model.visual._forward_pre_hooks
+    assert model.model.visual.forward == stock
 
 
 def test_generation_stops_at_the_tokenizers_eos(tiny):

@@ -127,6 +127,43 @@ def test_adapter_loads_in_peft_with_equal_logits(judge_folder, tmp_path):
         torch.testing.assert_close(theirs(**batch).logits, model(**batch).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapter_of_peft_loads_in_ours_with_equal_logits(rslora, judge_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=12, use_rslora=rslora, target_modules=r".*language_model.*(q|up)_proj", init_lora_weights=False)
+    theirs, batch = peft.get_peft_model(AutoModelForImageTextToText.from_pretrained(judge_folder), config).eval(), judge_inputs(judge_folder)
+    theirs.save_pretrained(tmp_path)
+    ours = AutoModelForImageTextToText.from_pretrained(judge_folder).eval()
+    with torch.no_grad():
+        base = ours(**batch).logits
+        sft.load_adapter(ours, tmp_path)
+        torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, atol=1e-4, rtol=1e-4)
+        assert (ours(**batch).logits - base).abs().max() > .1
+
+
+def test_adapters_that_do_not_fit_are_refused(judge_folder, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(judge_folder)
+    add_lora(model, 4, 4, "q_proj$")
+    save_adapter(tmp_path, {"base_model.model.": model})
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
+    with pytest.raises(ValueError, match="use_dora.*only plain LoRA"):
+        sft.load_adapter(AutoModelForImageTextToText.from_pretrained(judge_folder), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="adapters for layers that Linear does not have"):
+        sft.load_adapter(torch.nn.Linear(2, 2), tmp_path)
+
+
+def test_freeze_leaves_the_named_parts_alone(judge_folder):
+    model = AutoModelForImageTextToText.from_pretrained(judge_folder)
+    sft.prepare_training(model, sft.start_ranks(), freeze=["vision", "projector"])
+    assert {sft.part_of(name) for name in sft.trainable(model)} == {"language"}
+    frozen = {name for name, _ in model.named_parameters()} - set(sft.trainable(model))
+    assert {sft.part_of(name) for name in frozen} == {"vision", "projector"}
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        sft.prepare_training(model, sft.start_ranks(), freeze=["language"])
+
+
 def test_lora_targets_that_match_nothing_are_refused(judge_folder):
     with pytest.raises(ValueError, match="matches no linear layer"):
         add_lora(AutoModelForImageTextToText.from_pretrained(judge_folder), 4, 4, "nowhere$")
@@ -143,6 +180,33 @@ def test_response_loss_is_cross_entropy_of_the_full_logits(judge_folder):
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("trained_head", [True, False])
+def test_token_logps_and_gradients_equal_log_softmax(trained_head):
+    """In chunks of 3 of 8 tokens, against the whole (N, V) table, with weights on the tokens as DPO's loss has."""
+    torch.manual_seed(0)
+    hidden, weight, targets, scale = torch.randn(8, 5, requires_grad=True), torch.randn(11, 5), torch.randint(11, (8,)), torch.randn(8)
+    weight.requires_grad_(trained_head)
+    ours = sft.TokenLogps.apply(hidden, weight, targets, 3, True)
+    whole = (hidden @ weight.T).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(ours, whole)
+    inputs = (hidden, weight) if trained_head else (hidden,)
+    for a, b in zip(*(torch.autograd.grad((x * scale).sum(), inputs) for x in (ours, whole))):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_output_layer_with_an_adapter_is_refused():
+    with pytest.raises(ValueError, match="Keep adapters off it"):
+        sft.token_logps(torch.randn(2, 4), sft.LoRALinear(torch.nn.Linear(4, 9), 2, 2), torch.tensor([1, 2]))
+
+
+def test_gradient_checkpointing_changes_no_number(judge_folder, tmp_path):
+    losses = {}
+    for option in ("--no-grad-ckpt", "--grad-ckpt"):
+        sft.main(["--model", judge_folder, "--max-steps", "2", "--no-bf16", "--out", str(tmp_path / option), option, *SMALL])
+        losses[option] = [row["loss"] for row in rows(tmp_path / option)]
+    assert losses["--grad-ckpt"] == pytest.approx(losses["--no-grad-ckpt"], rel=1e-6)
 
 
 def test_velocity_is_the_direct_call(generator_folder):
@@ -193,6 +257,8 @@ def test_lora_run_writes_adapter_and_merged_model(judge_folder, tmp_path):
     assert (out / "adapter" / "adapter_model.safetensors").exists() and (out / "curves.png").exists() and (out / "verdict.png").exists()
     assert AutoModelForImageTextToText.from_pretrained(out / "model") is not None
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    sft.main(["--model", judge_folder, "--adapter", str(out / "adapter"), "--no-merge", "--max-steps", "1", "--out", str(tmp_path / "on"), *SMALL])
+    assert (tmp_path / "on" / "adapter" / "adapter_model.safetensors").exists() and not (tmp_path / "on" / "model").exists()
 
 
 def test_generator_adapter_loads_in_diffusers_with_equal_images(generator_folder, tmp_path):

@@ -1,0 +1,30 @@
+"""20 times kill -9 at random moments, then --resume, on 1 and on 2 processes: is the end bit-identical to a run left alone?
+
+    python tests/bench_resume.py        about 15 minutes on 2 cores
+"""
+import sys
+import tempfile
+from pathlib import Path
+
+import conftest
+import toy_models
+from test_resume import kill_and_resume, same, state_of
+from test_sft import SMALL
+
+
+def main(kills=20):
+    for ranks in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            model, processor = toy_models.make_judge(0, width=32, layers=2, vision_width=24, vision_layers=2)
+            model.save_pretrained(f"{folder}/judge")
+            processor.save_pretrained(f"{folder}/judge")
+            Path(folder, "judge", "template.txt").write_text(toy_models.INSTRUCTION)
+            command = ["sft.py", "--model", f"{folder}/judge", "--max-steps", "300", "--save-every", "1", *SMALL, "--batch-size", "2"]
+            moments = kill_and_resume(command, folder, kills, ranks)
+            equal = same(state_of(f"{folder}/whole"), state_of(f"{folder}/killed"))
+            print(f"{ranks} processes: killed after steps {[step for step, _ in moments]}, {sum(saving for _, saving in moments)} of them in a save; "
+                  f"weights, optimizer, RNG and log rows {'identical' if equal else 'DIFFER'}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

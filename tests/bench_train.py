@@ -1,0 +1,149 @@
+"""Losses, seconds and memory of sft.py and dpo.py beside TRL and PEFT, on the same tiny judge with a vocabulary of 151,936.
+
+    pip install trl peft && python tests/bench_train.py        about 15 minutes on 2 cores
+    python tests/bench_train.py --growth                       ours alone: time and memory against tokens, pairs and ranks
+
+Every run is a process of its own, ours and TRL's by turns; the same weights, adapter, records, learning rate and threads, float32.
+Seconds are the median of the steps but the first; memory is the most that a process held.
+"""
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+RANK, LR, BETA, STEPS = 8, 1e-3, .1, 4
+TARGETS = r".*language_model\..*_proj$"
+
+
+def make_inputs(folder, tokens, pairs):
+    """A judge, an adapter for it and `pairs` records with responses of so many tokens."""
+    import torch
+    import data
+    import sft
+    import toy_models
+    model, processor = toy_models.make_judge(0, width=256, layers=2)
+    model.resize_token_embeddings(151_936)
+    model.save_pretrained(folder / "judge")
+    processor.save_pretrained(folder / "judge")
+    (folder / "judge" / "template.txt").write_text(toy_models.INSTRUCTION)
+    sft.add_lora(model, RANK, RANK, TARGETS)
+    sft.save_adapter(folder / "adapter", {"base_model.model.": model})
+    records, world = [], data.toy_world().Records("train", "trace", pairs)
+    for i in range(pairs):
+        texts = []
+        for seed in range(2):
+            ids = torch.randint(300, len(processor.tokenizer), (2 * tokens,), generator=torch.Generator().manual_seed(2 * i + seed)).tolist()
+            text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+            ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
+            texts.append(processor.tokenizer.decode(ids))
+        records.append({"prompt": world[i]["prompt"], "images": world[i]["images"], "response": texts[0], "chosen": texts[0], "rejected": texts[1]})
+    data.write_jsonl(folder / "records.jsonl", records)
+
+
+def ours(stage, lora, folder, pairs, ranks=1):
+    """(seconds of the steps, GiB, losses) of our script; a row of its log is a step."""
+    out = tempfile.mkdtemp(dir=folder)
+    options = ["--model", folder / "judge", "--data", folder / "records.jsonl", "--eval-num", 1, "--max-new-tokens", 1, "--no-bf16", "--optim", "adamw",
+               "--lr", LR, "--weight-decay", 0, "--warmup-steps", 1, "--max-steps", STEPS, "--batch-size", pairs, "--max-norm", 1, "--out", out]
+    options += ["--beta", BETA] if stage == "dpo" else []
+    options += ["--adapter", folder / "adapter"] if lora else ["--lora-rank", 0]
+    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    subprocess.run([*start, str(ROOT / f"{stage}.py"), *map(str, options)], check=True, capture_output=True, cwd=folder)
+    rows = [row for row in map(json.loads, Path(out, "log.jsonl").read_text().splitlines()) if "lr" in row]
+    return [pairs * ranks / row["records_per_s"] for row in rows], rows[-1]["peak_gib"], [row["loss"] for row in rows]
+
+
+def trl(stage, lora, folder, pairs):
+    """The same of TRL's trainer, in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "--trl", stage, str(int(lora)), str(folder), str(pairs)], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def trl_process(stage, lora, folder, pairs):
+    import datasets
+    import peft
+    import torch
+    import trl as library
+    from transformers import AutoModelForImageTextToText, TrainerCallback
+    import data
+    import sft
+    from reward import build_messages, chat_text, load_processor
+    torch.manual_seed(0)
+    folder, processor, rows = Path(folder), load_processor(Path(folder, "judge")), []
+    model = AutoModelForImageTextToText.from_pretrained(folder / "judge", dtype=torch.float32).train()
+    model.set_attn_implementation("eager")
+    template, eos = (folder / "judge" / "template.txt").read_text(), processor.tokenizer.eos_token
+    for record in data.read_records(folder / "records.jsonl", "preference"):
+        messages, images = build_messages(data.comparison(record), template)
+        answers = {"completion": record["response"] + eos} if stage == "sft" else {k: record[k] + eos for k in ("chosen", "rejected")}
+        rows.append({"images": images, "prompt": chat_text(processor, messages), **answers})
+    options = dict(output_dir=str(folder / "trl"), per_device_train_batch_size=pairs, max_steps=STEPS, logging_steps=1, report_to="none", save_strategy="no",
+                   bf16=False, gradient_checkpointing=False, max_grad_norm=1.0, max_length=None, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False)
+    config = library.SFTConfig(**options) if stage == "sft" else library.DPOConfig(**options, beta=BETA)
+    Trainer = library.SFTTrainer if stage == "sft" else library.DPOTrainer
+    trainer = Trainer(model=model, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=processor,
+                      **({"peft_config": peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS)} if lora else {}))
+    if lora:
+        from safetensors.torch import load_file
+        peft.set_peft_model_state_dict(trainer.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
+    params = [p for p in trainer.model.parameters() if p.requires_grad]
+    optimizer, = sft.make_optimizers({str(i): p for i, p in enumerate(params)}, "adamw", LR, 0)
+    trainer.optimizer = optimizer
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: sft.set_lr([], 1.0, step, 1, STEPS))
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            times.append(-time.time())
+
+        def on_step_end(self, *args, **kwargs):
+            times[-1] += time.time()
+    trainer.add_callback(Clock())
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    print(json.dumps([times, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, losses]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trl", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.trl:
+        return trl_process(args.trl[0], args.trl[1] == "1", args.trl[2], int(args.trl[3]))
+    os.environ.update(OMP_NUM_THREADS="2", TOKENIZERS_PARALLELISM="false")
+    if args.growth:
+        print("dpo, LoRA        tokens  pairs  ranks   s/step    GiB a rank")
+        for tokens, pairs, ranks in [(500, 1, 1), (1000, 1, 1), (2000, 1, 1), (4000, 1, 1), (1000, 2, 1), (1000, 4, 1), (1000, 1, 2)]:
+            with tempfile.TemporaryDirectory() as folder:
+                os.environ["OMP_NUM_THREADS"] = "1"
+                make_inputs(Path(folder), tokens, pairs * ranks)
+                seconds, gib, _ = ours("dpo", True, Path(folder), pairs, ranks)
+                print(f"{tokens:23d} {pairs:6d} {ranks:6d} {statistics.median(seconds[1:]):8.2f} {gib:10.2f}", flush=True)
+        return
+    print(f"{args.tokens} response tokens, 1 pair a step, medians of {args.rounds} runs   s/step: ours, TRL, ratio    GiB: ours, TRL, ratio    largest loss difference")
+    for stage in ("sft", "dpo"):
+        for lora in (True, False):
+            with tempfile.TemporaryDirectory() as folder:
+                make_inputs(Path(folder), args.tokens, 1)
+                found = [(ours(stage, lora, Path(folder), 1), trl(stage, lora, Path(folder), 1)) for _ in range(args.rounds)]
+            seconds = [statistics.median(s for run in side for s in run[0][1:]) for side in zip(*found)]
+            gib = [statistics.median(run[1] for run in side) for side in zip(*found)]
+            apart = max(abs(a - b) for x, y in found for a, b in zip(x[2], y[2]))
+            print(f"{stage} {'LoRA' if lora else 'full'}  {seconds[0]:.2f} {seconds[1]:.2f} {seconds[0] / seconds[1]:.2f}    "
+                  f"{gib[0]:.2f} {gib[1]:.2f} {gib[0] / gib[1]:.2f}    {apart:.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""kill -9 at any moment, a save too, and --resume: the run ends as if nothing had happened. tests/bench_resume.py kills more often."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sft
+from conftest import ROOT
+from test_sft import SMALL, preferences, rows, weights
+
+MEASURED = ("records_per_s", "peak_gib")             # of this machine at that time
+
+
+def start(command, ranks):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return subprocess.Popen([sys.executable, *torchrun, *command], cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def state_of(out):
+    """What must be the same: weights, optimizer, RNG, log rows."""
+    folder = max(Path(out).glob("step_*"))
+    log = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows(out)]
+    return folder.name, weights(out, int(folder.name[5:])), torch.load(folder / "state.pt", weights_only=True), log
+
+
+def same(a, b):
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def kill_and_resume(command, out, kills, ranks=1, seed=0):
+    """Run the command into out/whole and, killed so many times after a random part of a second of training, into out/killed; returns
+    the moments of the kills: the last step logged, and whether a save was open."""
+    assert start([*command, "--out", f"{out}/whole"], ranks).wait() == 0
+    rng, moments, killed = random.Random(seed), [], Path(out, "killed")
+    while len(moments) < kills:
+        process, before = start([*command, "--out", str(killed), "--resume"], ranks), len(rows(killed)) if (killed / "log.jsonl").exists() else 0
+        while process.poll() is None and not ((killed / "log.jsonl").exists() and (killed / "log.jsonl").read_text().count('"lr"') > before):
+            time.sleep(.01)
+        time.sleep(rng.random() * .4)
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended before kill {len(moments) + 1}: {process.stderr.read().decode()[-2000:]}")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        moments.append((len(rows(killed)), (killed / "aside").exists()))
+    last = start([*command, "--out", str(killed), "--resume"], ranks)
+    assert last.wait() == 0, last.stderr.read().decode()[-2000:]
+    return moments
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_killed_runs_end_as_the_whole_one(stage, judge_folder, tmp_path):
+    command = [f"{stage}.py", "--model", judge_folder, "--max-steps", "60", "--save-every", "1", *SMALL, "--batch-size", "2"]
+    command += ["--data", preferences(tmp_path), "--lora-rank", "4"] if stage == "dpo" else []
+    kill_and_resume(command, tmp_path, kills=3)
+    assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "killed"))
+    assert [sorted(row) for row in rows(tmp_path / "killed")] == [sorted(row) for row in rows(tmp_path / "whole")]
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(judge_folder, tmp_path):
+    out = tmp_path / "run"
+    args = ["--model", judge_folder, "--max-steps", "2", "--out", str(out), *SMALL]
+    sft.main(args)
+    file = out / "step_000002" / "weights.safetensors"
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))                       # one bit
+    with pytest.raises(ValueError, match="step_000002 is damaged .weights.safetensors."):
+        sft.main([*args, "--resume"])
+    file.write_bytes(sound)
+    with pytest.raises(ValueError, match="other options: lora_rank 0 -> 4"):
+        sft.main([*args, "--lora-rank", "4", "--resume"])
+    (out / "step_000002" / "state.pt").unlink()
+    with pytest.raises(ValueError, match="is damaged .*state.pt"):
+        sft.main([*args, "--resume"])
+
+
+def test_resume_without_a_checkpoint_starts_and_says_so(judge_folder, tmp_path, capsys):
+    sft.main(["--model", judge_folder, "--max-steps", "1", "--out", str(tmp_path / "run"), "--resume", *SMALL])
+    assert "no checkpoint in" in capsys.readouterr().out and len(rows(tmp_path / "run")) == 1
