@@ -490,8 +490,7 @@ def roomy_cache(config):
     class Layer(DynamicLayer):
         def update(self, keys, values, *args, **kwargs):
             if not self.is_initialized:
-                self.lazy_initialization(keys, values)
-                self.rooms = [keys[:, :, :0], values[:, :, :0]]
+                self.rooms = list(super().update(keys[:, :, :0], values[:, :, :0]))
             start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[2]
             for k, new in enumerate((keys, values)):
                 if end > self.rooms[k].shape[2]:
