@@ -6,11 +6,12 @@ A file holds one JSON object a line. Paths in it are relative to the file.
     pair         {"prompt", "images": [first, second], "winner": "Image 1" | "Image 2" | "Tie"}      (or "videos", "Video 1" ...)
     trace        {"prompt", "images", "response"}                     the verdict to imitate; with "instruction": any other task
     preference   {"prompt", "images", "chosen", "rejected"}           two verdicts on the same pair
-    prompt       {"prompt"}                                           for generators; a .txt file with one prompt a line as well
+    prompt       {"prompt"}                                           for generators; a .txt file or a .csv column "prompt" as well
     image        {"prompt", "images": [one]}                          a captioned image for a base generator
 A video is an mp4, a GIF or a folder of frames. Legend: B records, T tokens.
 """
 import argparse
+import csv
 import json
 import os
 import sys
@@ -55,17 +56,21 @@ def check_record(record, kind, where, folder=Path()):
 
 
 def read_records(path, kind, skip_bad=False):
-    """All records of a JSONL (or, for prompts, text) file, checked. `skip_bad` drops bad lines and prints how many."""
+    """All records of a JSONL file (for prompts a text file or a CSV with a column "prompt" too), checked. `skip_bad` drops bad lines and
+    prints how many."""
     path, records, bad = Path(path), [], []
     if not path.exists():
         raise ValueError(f"{path} does not exist. Give a JSONL file, or 'toy' for the built-in toy world.")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    table = path.suffix == ".csv"                    # its first line is the header
+    with open(path, newline="" if table else None) as file:
+        lines = [*csv.DictReader(file)] if table else file.read().split("\n")
+    for number, line in enumerate(lines, 1 + table):
         where = f"{path}:{number}"
-        if not line.strip():
+        if not table and not line.strip():
             continue
         try:
             try:
-                record = {"prompt": line} if path.suffix == ".txt" else json.loads(line)
+                record = line if table else {"prompt": line} if path.suffix == ".txt" else json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON ({error}). Each line holds one whole JSON object.") from None
             records.append(check_record(record, kind, where, path.parent))

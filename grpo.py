@@ -21,9 +21,9 @@ from data import batch_indices, know_toy_classes, open_records, toy_models, toy_
 from reward import (Comparison, Failure, asks_judge, blend_advantages, find_judge, group_advantages, normalize, open_judge, open_rewards, parse_verdict, reward_values,
                     schedule_pairs, win_rates)
 # toolbox and driver from sft.py; paste those blocks here to stand alone
-from sft import (Done, Log, add_lora, adapters_off, denoisers, draw_curves, draw_grid, gather, generator, load_checkpoint, load_pipeline,
-                 make_optimizers, optimizer_step, peak_gib, pipe_arg, run, sample_images, save_adapter, save_checkpoint, save_pipeline,
-                 save_whole, seeded_noise, set_lr, shard, start_ranks, total, trainable)
+from sft import (Done, Log, add_lora, adapters_off, denoisers, draw_curves, draw_grid, frames_of, gather, generator, load_checkpoint, load_pipeline,
+                 make_optimizers, optimizer_step, peak_gib, pipe_arg, run, sample_media, save_adapter, save_checkpoint, save_pipeline,
+                 save_whole, seeded_noise, set_lr, shard, start_ranks, total, trainable, velocity)
 
 
 def parse_args(argv=None):
@@ -33,7 +33,7 @@ def parse_args(argv=None):
     add("--model", default="out/generator-sft/model", help="folder or hub id of the diffusers pipeline to improve")
     add("--judge", help="folder, hub id or URLs of the judge  [the newest of out/judge-dpo/model and out/judge-sft/model]")
     # data
-    add("--data", default="toy", help="prompts: a text file, one a line, or JSONL; toy: made as needed")
+    add("--data", default="toy", help="prompts: a text file, one a line, a CSV column or JSONL; toy: made as needed")
     add("--data-num", type=int, default=4000, help="toy prompts to draw from")
     add("--eval-data", default="toy:test", help="prompts that are not trained on")
     add("--eval-num", type=int, default=1024, help="samples of the evaluations before and after")
@@ -43,8 +43,11 @@ def parse_args(argv=None):
     add("--pipe-arg", type=pipe_arg, nargs="*", default=[], help="key=value for the pipeline's call, as height=512 num_inference_steps=15")
     add("--group-size", type=int, default=8, help="G, images per prompt")
     add("--shared-noise", action=flag, default=True, help="a group starts from one initial noise and differs by the sampler's noise alone")
-    add("--eta", type=float, default=.7, help="noise level of the stochastic sampler")
-    add("--sde-steps", type=int, default=3, help="the first so many sampling steps are stochastic and trained, the rest follow the ODE")
+    add("--sde", choices=["flow", "dance", "cps"], default="flow", help="which stochastic sampler; see transition")
+    add("--eta", type=float, default=.7, help="its noise level")
+    add("--sde-steps", type=int, default=3, help="so many sampling steps in a row are stochastic, the rest follow the ODE")
+    add("--sde-window", choices=["first", "random", "slide"], default="first", help="where they lie: at the start, anywhere, or later as training goes on")
+    add("--train-share", type=float, default=1.0, help="share of the stochastic steps that are trained, drawn anew for every rollout")
     # reward
     add("--reward", default="flex", help="what rewards: flex (the verdicts), score, clip, FILE.py:function, or a sum as flex:0.7,clip:0.3")
     add("--pairs", default="ring:2", help="who meets whom in a group: all, or ring:K, each image meets its next K on a random ring")
@@ -62,6 +65,9 @@ def parse_args(argv=None):
     add("--lora-targets", default=r"blocks\.\d+\..*(to_(q|k|v|out\.0)|add_(q|k|v)_proj|to_add_out|proj_mlp|proj_out|net\.(0\.proj|2))$",
         help="regex on the names of linear layers")
     # loss
+    add("--loss", choices=["grpo", "nft"], default="grpo", help="the clipped ratio, or DiffusionNFT, which learns from clean latents alone")
+    add("--nft-beta", type=float, default=1.0, help="how far DiffusionNFT's implicit policies lie from the old one")
+    add("--epochs", type=int, default=1, help="optimizer steps a rollout; from the second on the ratio leaves 1 and the clip acts")
     add("--clip-range", type=float, default=1e-3, help="the ratio is clipped to 1 plus and minus this; with one update a rollout it is 1 and nothing is")
     add("--ratio-norm", action=flag, default=True, help="GRPO-Guard's ratio, equally spread at all steps")
     add("--kl", type=float, default=.03, help="weight of the KL divergence to the generator without adapters; not divided by |dt|, as the ratio's term is")
@@ -83,6 +89,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+    if args.loss == "nft" and args.epochs > 1:
+        parser.error("--loss nft takes the policy of the rollout as the old one, so --epochs is 1")
     if args.kl and not args.lora_rank:
         parser.error("--kl needs adapters, whose absence is the reference: pass --lora-rank, or --kl 0")
     return args
@@ -90,17 +98,37 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------- the stochastic sampler
 
-def transition(sigmas, i, x, v, eta):
-    """(mean, std) of p(x[i+1] | x[i]), the SDE with the marginals of the flow (Eq. 9 of arXiv 2505.05470), in float32.
+def transition(sigmas, i, x, v, eta, kind="flow"):
+    """(mean, std) of p(x[i+1] | x[i]), an SDE with the marginals of the flow, in float32; eta 0 is the Euler step. dt = sigma' - sigma < 0.
 
-    With s = eta sqrt(sigma / (1 - sigma)) and dt = sigma' - sigma < 0: mean = x (1 + s^2 / (2 sigma) dt) + v (1 + s^2 (1 - sigma)
-    / (2 sigma)) dt and std = s sqrt(-dt). Where sigma may be 1, at the first step, s takes the next sigma. eta 0 is the Euler step.
+    flow   mean = x + v dt + s^2 / (2 sigma) (x + (1 - sigma) v) dt, std = s sqrt(-dt), s = eta sqrt(sigma / (1 - sigma)); at the first
+           step, where sigma may be 1, s takes the next sigma (Eq. 9 of arXiv 2505.05470, Flow-GRPO)
+    dance  the same with s = eta (arXiv 2505.07818, DanceGRPO)
+    cps    s = sigma' sin(eta pi / 2): mean = (1 - sigma') x0 + sqrt(sigma'^2 - s^2) x1, std = s, with x0 = x - sigma v and
+           x1 = x + (1 - sigma) v (arXiv 2509.05952, coefficients-preserving sampling: no more noise than the schedule has)
     """
     sigma, dt = sigmas[i], sigmas[i + 1] - sigmas[i]
     x, v = x.float(), v.float()
-    variance = eta ** 2 * sigma / (1 - (sigmas[1] if i == 0 else sigma)) if eta else torch.zeros_like(sigma)
+    if kind == "cps" and eta:
+        std = sigmas[i + 1] * math.sin(eta * math.pi / 2)
+        return (1 - sigmas[i + 1]) * (x - sigma * v) + (sigmas[i + 1] ** 2 - std ** 2).sqrt() * (x + (1 - sigma) * v), std
+    variance = torch.full_like(sigma, eta ** 2)
+    if kind == "flow" and eta:
+        variance = variance * sigma / (1 - (sigmas[1] if i == 0 else sigma))
     mean = x + v * dt + (x + v * (1 - sigma)) * (variance / (2 * sigma) * dt)
     return mean, (variance * -dt).sqrt()
+
+
+def window(args, num_steps, step):
+    """(stochastic steps, those of them that are trained) of training step `step`, the same on all ranks. The last of the `num_steps`
+    sampling steps is never among them: it would leave its noise in the image."""
+    if args.sde_steps >= num_steps:
+        raise ValueError(f"--sde-steps {args.sde_steps} leaves no deterministic last step of {num_steps}")
+    rng = random.Random(f"{args.seed} {step}")
+    place = {"first": 0.0, "random": rng.random(), "slide": min(step / args.max_steps, 1 - 1e-9)}[args.sde_window]
+    start = int(place * (num_steps - args.sde_steps))
+    steps = list(range(start, start + args.sde_steps))
+    return steps, sorted(rng.sample(steps, max(1, round(args.train_share * len(steps)))))
 
 
 def log_prob(x, mean, std):
@@ -108,8 +136,9 @@ def log_prob(x, mean, std):
     return (-(x.float() - mean) ** 2 / (2 * std ** 2) - std.log() - .5 * math.log(2 * math.pi)).flatten(1).mean(1)
 
 
-def rollout(pipe, prompts, seeds, args, **kwargs):
-    """(images, trajectory) of B prompts: x (S tensors of B latents), means and noise of the steps, sigmas (S+1,).
+def rollout(pipe, prompts, seeds, args, step=0, **kwargs):
+    """(media, trajectory) of B prompts: a list of frames each; x (S + 1 tensors of B latents, the last one clean), means and noise of the
+    steps, sigmas (S+1,), and which steps are to be trained.
 
     Image b's first latents and noise are functions of seeds[b] = (..., group, member) alone; with --shared-noise the first latents
     are the same for all members, so that whatever sets a group's images apart is noise the policy is trained on.
@@ -117,19 +146,21 @@ def rollout(pipe, prompts, seeds, args, **kwargs):
     xs, means, noises = [], [], []
 
     def visit(i, x, v):
-        if args.sde_steps >= len(pipe.scheduler.sigmas) - 1:
-            raise ValueError(f"--sde-steps {args.sde_steps} leaves no deterministic last step of {len(pipe.scheduler.sigmas) - 1}")
-        eta = args.eta if i < args.sde_steps else 0.0
-        mean, std = transition(pipe.scheduler.sigmas, i, x, v, eta)
+        eta = args.eta if i in window(args, len(pipe.scheduler.sigmas) - 1, step)[0] else 0.0
+        mean, std = transition(pipe.scheduler.sigmas, i, x, v, eta, args.sde)
         noise = torch.stack([seeded_noise(x.shape[1:], *seed, i) for seed in seeds]).to(mean) if eta else torch.zeros_like(mean)
         xs.append(x)
         means.append(mean)
         noises.append(noise)
-        return (mean + std * noise).to(x.dtype)
+        after = (mean + std * noise).to(x.dtype)
+        if i + 2 == len(pipe.scheduler.sigmas):
+            xs.append(after)
+        return after
 
     generators = [generator(*(seed[:-1] if args.shared_noise else seed)) for seed in seeds]
-    images = run(pipe, visit, prompt=prompts, generator=generators, **kwargs).images
-    return images, dict(x=xs, means=means, noises=noises, sigmas=pipe.scheduler.sigmas.to(xs[0].device))
+    media = frames_of(run(pipe, visit, prompt=prompts, generator=generators, **{"output_type": "pil", **kwargs}))
+    return media, dict(x=xs, means=means, noises=noises, sigmas=pipe.scheduler.sigmas.to(xs[0].device), steps=window(args, len(means), step)[1],
+                       seeds=seeds)
 
 
 def replay(pipe, trajectory, steps, see, grad=True, **kwargs):
@@ -162,25 +193,34 @@ def policy_ratio(x_next, mean, old_mean, std, noise, normalize):
     return (log_prob(x_next, mean, std) - log_prob(x_next, old_mean, std)).exp()
 
 
+def nft_loss(v, v_old, target, advantages, beta):
+    """(losses (B,), all above 0) of DiffusionNFT (arXiv 2509.16117): r |v+ - v*|^2 + (1 - r) |v- - v*|^2, each a mean over elements, with the
+    implicit policies v+- = v_old +- beta (v - v_old), v* = noise - x0, and r = 1/2 + clip(A / 5, -1, 1) / 2."""
+    right = (.5 + .5 * (advantages / 5).clamp(-1, 1))
+    plus, minus = ((v_old + way * beta * (v - v_old) - target).pow(2).flatten(1).mean(1) for way in (1, -1))
+    return right * plus + (1 - right) * minus
+
+
 def accumulate_gradients(pipe, trajectory, advantages, args, scale, **kwargs):
-    """backward() of the objective over the stochastic steps of one micro-batch, summed over its images, times `scale`.
+    """backward() of the objective over the trained steps of one micro-batch, summed over its images, times `scale`.
 
     Returns sums over images and steps: loss, kl, clip_fraction, and the largest |ratio - 1|.
     """
-    steps, sigmas, reference = list(range(args.sde_steps)), trajectory["sigmas"], {}
+    steps, sigmas, reference = trajectory["steps"], trajectory["sigmas"], {}
     stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "max_ratio_error": 0.0}
     if args.kl:
         with adapters_off(*denoisers(pipe).values()):
             replay(pipe, trajectory, steps, reference.__setitem__, grad=False, **kwargs)
 
     def see(i, v):
-        mean, std = transition(sigmas, i, trajectory["x"][i], v, args.eta)
-        ratio = policy_ratio(trajectory["x"][i + 1], mean, trajectory["means"][i], std, trajectory["noises"][i], args.ratio_norm)
+        mean, std = transition(sigmas, i, trajectory["x"][i], v, args.eta, args.sde)
+        width = torch.full_like(std, math.sqrt(.5)) if args.sde == "cps" else std       # cps weighs |x' - mean|^2 by 1, not 1 / (2 std^2)
+        ratio = policy_ratio(trajectory["x"][i + 1], mean, trajectory["means"][i], width, trajectory["noises"][i], args.ratio_norm)
         losses, clipped = grpo_loss(ratio, advantages, args.clip_range)
         if args.ratio_norm:
             losses = losses / (sigmas[i] - sigmas[i + 1])                       # / |dt|, its other half
         if args.kl:
-            old, _ = transition(sigmas, i, trajectory["x"][i], reference[i], args.eta)
+            old, _ = transition(sigmas, i, trajectory["x"][i], reference[i], args.eta, args.sde)
             kl = ((mean - old) ** 2 / (2 * std ** 2)).flatten(1).mean(1)
             losses = losses + args.kl * kl
             stats["kl"] += kl.sum().item() / len(steps)
@@ -193,10 +233,31 @@ def accumulate_gradients(pipe, trajectory, advantages, args, scale, **kwargs):
     return stats
 
 
+def accumulate_nft(pipe, trajectory, advantages, args, scale, **kwargs):
+    """backward() of nft_loss at as many noise levels of the schedule as steps are trained, else as accumulate_gradients. No sampler and
+    no density enters: the clean latents are noised anew. The old policy is the one that is updated."""
+    clean, sigmas, stats = trajectory["x"][-1].float(), trajectory["sigmas"], {"loss": 0.0, "kl": 0.0, "max_ratio_error": 0.0}
+    levels = random.Random(repr(trajectory["seeds"][0])).sample(range(len(sigmas) - 1), len(trajectory["steps"]))
+    for i in levels:
+        noise = torch.stack([seeded_noise(clean.shape[1:], *seed, "nft", i) for seed in trajectory["seeds"]]).to(clean)
+        x = ((1 - sigmas[i]) * clean + sigmas[i] * noise).to(trajectory["x"][0].dtype)
+        v = velocity(pipe, x, sigmas[i], **kwargs).float()
+        losses = nft_loss(v, v.detach(), noise - clean, advantages, args.nft_beta)
+        if args.kl:
+            with torch.no_grad(), adapters_off(*denoisers(pipe).values()):
+                reference = velocity(pipe, x, sigmas[i], grad=False, **kwargs).float()
+            kl = (v - reference).pow(2).flatten(1).mean(1)
+            losses = losses + args.kl * kl
+            stats["kl"] += kl.sum().item() / len(levels)
+        (losses.sum() * (scale / len(levels))).backward()
+        stats["loss"] += losses.sum().item() / len(levels)
+    return stats
+
+
 # ---------------------------------------------------------------- the reward
 
-def judge_groups(judge, rewards, prompts, images, rngs, args):
-    """(advantages (B,), counts, an undecided text or none) of B = P G images, G of a prompt in a row. Each group's pairs are scheduled
+def judge_groups(judge, rewards, prompts, media, rngs, args):
+    """(advantages (B,), counts, an undecided text or none) of B = P G media, G of a prompt in a row. Each group's pairs are scheduled
     by its own rng and all are judged in one batch; undecided verdicts count for nobody. Further rewards are normalised inside their
     group and blended in by weight.
 
@@ -208,16 +269,16 @@ def judge_groups(judge, rewards, prompts, images, rngs, args):
     counts = dict.fromkeys(("verdicts", "undecided", "failures", "ties", "first_wins", "decided", "scores", "unscored"), 0)
     for weight, name, function in rewards:
         if function:
-            values = reward_values((weight, name, function), [[image] for image in images], prompts)
+            values = reward_values((weight, name, function), media, prompts)
             parts.append((weight, normalize(values, groups)))
             counts[f"reward/{name}"] = values.nansum().item()
             missing = int(values.isnan().sum())
             counts["scores"], counts["unscored"] = counts["scores"] + len(values), counts["unscored"] + missing
-            bad += [f"reward {name} has no value for {missing} of {len(values)} images"] * (missing > 0)
+            bad += [f"reward {name} has no value for {missing} of {len(values)} samples"] * (missing > 0)
             continue
         pairs = [(k * G + i, k * G + j) for k, rng in enumerate(rngs) for i, j in schedule_pairs(G, args.pairs, rng, args.both_orders)]
-        verdicts = [parse_verdict(text) for text in judge([Comparison(prompts[i], [images[i]], [images[j]]) for i, j in pairs])]
-        rates = win_rates(pairs, verdicts, len(images), len(args.category_weights) > 3, dict(zip("ABCD", args.category_weights)))
+        verdicts = [parse_verdict(text) for text in judge([Comparison(prompts[i], media[i], media[j]) for i, j in pairs])]
+        rates = win_rates(pairs, verdicts, len(media), len(args.category_weights) > 3, dict(zip("ABCD", args.category_weights)))
         parts.append((weight, group_advantages(rates, args.alpha, groups, std_floor=args.std_floor)))
         undecided = [verdict.text for verdict in verdicts if verdict.winner is None]
         bad += undecided
@@ -261,28 +322,27 @@ def main(argv=None):
     pipe_args = dict(autocast=torch.bfloat16 if args.bf16 else None, **args.pipe_arg)
 
     def evaluate(num, seed):
-        """(numbers, images, records) of `num` samples of held-out prompts by the ODE, the work split over ranks; noise depends on seed."""
+        """(numbers, media, records) of `num` samples of held-out prompts by the ODE, the work split over ranks; noise depends on seed."""
         held_out = open_records(args.eval_data, "prompt", num, seed)
         held_out = [held_out[i] for i in range(min(len(held_out), num))]
         mine = list(range(ranks.rank, len(held_out), ranks.world))
-        images = sample_images(pipe, [held_out[i]["prompt"] for i in mine], [seed * 1_000_003 + i for i in mine], 128, **pipe_args)
-        pairs = sorted(gather(zip(mine, images), ranks), key=lambda pair: pair[0])
-        images = [image for _, image in pairs]
-        return (toy_world().truth(held_out, images) if "toy_prompt" in held_out[0] else {}), images, held_out
+        media = sample_media(pipe, [held_out[i]["prompt"] for i in mine], [seed * 1_000_003 + i for i in mine], 128, **pipe_args)
+        media = [frames for _, frames in sorted(gather(zip(mine, media), ranks), key=lambda pair: pair[0])]
+        return (toy_world().truth(held_out, [frames[0] for frames in media]) if "toy_prompt" in held_out[0] else {}), media, held_out
 
-    def win_rate_over(images, others, prompts):
-        """The judge's share of wins of `images` over `others`, shown in random order: the reward as it looks on held-out prompts."""
-        mine, rng = range(ranks.rank, len(images), ranks.world), random.Random(args.seed)
-        flips = {i: rng.random() < .5 for i in range(len(images))}
+    def win_rate_over(media, others, prompts):
+        """The judge's share of wins of `media` over `others`, shown in random order: the reward as it looks on held-out prompts."""
+        mine, rng = range(ranks.rank, len(media), ranks.world), random.Random(args.seed)
+        flips = {i: rng.random() < .5 for i in range(len(media))}
         verdicts = [parse_verdict(t).winner for t in judge([
-            Comparison(prompts[i]["prompt"], *([[others[i]], [images[i]]] if flips[i] else [[images[i]], [others[i]]])) for i in mine])]
+            Comparison(prompts[i]["prompt"], *((others[i], media[i]) if flips[i] else (media[i], others[i]))) for i in mine])]
         wins = [.5 if w == 0 else float((w == 2) == flips[i]) for i, w in zip(mine, verdicts) if w is not None]
         num = total(len(wins), ranks)
         return {"win_rate": total(sum(wins), ranks) / num} if num else {}       # a judge that says nothing has no opinion
 
-    before, images_before, held_out = evaluate(args.eval_num, 7)
+    before, media_before, held_out = evaluate(args.eval_num, 7)
     num_watched = min(args.eval_num, 192)
-    base_images = evaluate(num_watched, 5)[1] if args.eval_every and args.eval_every <= args.max_steps else []
+    base_media = evaluate(num_watched, 5)[1] if args.eval_every and args.eval_every <= args.max_steps else []
     first = load_checkpoint(args.out, params, optimizers, vars(args), ranks) if args.resume else 0
     log = Log(args.out, vars(args), ranks, first)
     if ranks.rank == 0:
@@ -298,12 +358,12 @@ def main(argv=None):
             mine = indices[start:start + args.batch_size]
             prompts = [records[i]["prompt"] for i in mine for _ in range(args.group_size)]
             seeds = [(args.seed, step, i, g) for i in mine for g in range(args.group_size)]
-            images, trajectory = rollout(pipe, prompts, seeds, args, **pipe_args)
-            rollouts.append((mine, prompts, images, trajectory))
+            media, trajectory = rollout(pipe, prompts, seeds, args, step, **pipe_args)
+            rollouts.append((mine, prompts, media, trajectory))
         spent["rollout"] = time.time() - clock
         batches, examples = [], []
-        for mine, prompts, images, trajectory in rollouts:
-            advantages, found, bad = judge_groups(judge, rewards, prompts, images, [random.Random(f"{args.seed} {step} {i}") for i in mine], args)
+        for mine, prompts, media, trajectory in rollouts:
+            advantages, found, bad = judge_groups(judge, rewards, prompts, media, [random.Random(f"{args.seed} {step} {i}") for i in mine], args)
             batches.append((prompts, trajectory, advantages.to(ranks.device)))
             counts = {k: counts.get(k, 0) + v for k, v in found.items()}
             examples += bad
@@ -314,12 +374,16 @@ def main(argv=None):
                 raise SystemExit(f"{counts[missing]:.0f} of {counts[of]:.0f} {of} are {missing}, more than --max-parse-fail "
                                  f"{args.max_parse_fail}. One of them:\n{examples[0][:2000]}")
         spent["judge"] = time.time() - clock - spent["rollout"]
-        for prompts, trajectory, advantages in batches:
-            found = accumulate_gradients(pipe, trajectory, advantages, args, 1 / num_images, prompt=prompts, **pipe_args)
-            stats = {k: max(stats.get(k, 0), v) if k.startswith("max") else stats.get(k, 0) + v for k, v in found.items()}
-        grad_norm = optimizer_step(list(params.values()), optimizers, ranks, args.max_norm)
+        worst = 0.0
+        for epoch in range(args.epochs):
+            for prompts, trajectory, advantages in batches:
+                accumulate = accumulate_nft if args.loss == "nft" else accumulate_gradients
+                found = accumulate(pipe, trajectory, advantages, args, 1 / num_images, prompt=prompts, **pipe_args)
+                worst = max(worst, found.pop("max_ratio_error") * (epoch == 0))
+                stats = {k: stats.get(k, 0) + v / args.epochs for k, v in found.items()}
+            grad_norm = optimizer_step(list(params.values()), optimizers, ranks, args.max_norm)
         spent["train"] = time.time() - clock - spent["rollout"] - spent["judge"]
-        worst = max(gather([stats.pop("max_ratio_error")], ranks))
+        worst = max(gather([worst], ranks))
         row = {k: total(v, ranks) / num_images for k, v in stats.items()}
         decided, asked = max(counts["decided"], 1), max(counts["verdicts"], 1)
         row.update(max_ratio_error=worst, undecided=counts["undecided"] / asked, judge_failures=counts["failures"] / asked, unscored=counts["unscored"], ties=counts["ties"] / asked,
@@ -328,27 +392,28 @@ def main(argv=None):
         if step == first and ranks.rank == 0:
             print(f"max |ratio - 1| at the first update: {worst:.3g}", flush=True)
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            found, images, prompts = evaluate(num_watched, 5)
+            found, media, prompts = evaluate(num_watched, 5)
             row.update({f"held_out_{k}": v for k, v in found.items()})
             if judge:
-                row.update({f"held_out_{k}": v for k, v in win_rate_over(images, base_images, prompts).items()})
+                row.update({f"held_out_{k}": v for k, v in win_rate_over(media, base_media, prompts).items()})
         log.write(step=step + 1, **row, lr=lr, grad_norm=grad_norm, **{f"{k}_s": v for k, v in spent.items()}, peak_gib=peak_gib())
         bar.set_postfix(ties=f"{row['ties']:.2f}", kl=f"{row['kl']:.3g}", true=row.get("held_out_true", ""))
         if step + 1 in (1, args.max_steps) or (step + 1) % args.save_every == 0:
             save_checkpoint(args.out, step + 1, params, optimizers, vars(args), ranks)
 
-    after, images_after, _ = evaluate(args.eval_num, 7)
+    after, media_after, _ = evaluate(args.eval_num, 7)
     if judge:
-        after.update(win_rate_over(images_after[:256], images_before[:256], held_out))
+        after.update(win_rate_over(media_after[:256], media_before[:256], held_out))
         before.update({"win_rate": .5} if "win_rate" in after else {})
     if args.lora_rank:
         save_adapter(Path(args.out, "adapter"), modules, "pytorch_lora_weights.safetensors")
     save_whole(lambda: save_pipeline(pipe, Path(args.out, "model")), modules.values(), ranks)
     if ranks.rank == 0:
         draw_curves(log.rows, ["held_out_win_rate", "held_out_true", "held_out_cast", "kl", "ties", "grad_norm"], Path(args.out, "curves.png"))
-        rows = [row for i in range(0, min(len(images_after), 48), 12) for row in (images_before[i:i + 12], images_after[i:i + 12])]
+        rows = [[frames[len(frames) // 2] for frames in side[i:i + 12]] for i in range(0, min(len(media_after), 48), 12)
+                for side in (media_before, media_after)]
         draw_grid(rows, Path(args.out, "before_after.png"))
-        print(f"{len(images_after)} held-out samples    before    after")
+        print(f"{len(media_after)} held-out samples    before    after")
         for name, value in before.items():
             print(f"  {name:20s} {value:8.3f} {after[name]:8.3f}")
         log.write(**{f"{name}_{when}": v for when, d in (("before", before), ("after", after)) for name, v in d.items()})

@@ -38,6 +38,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -135,6 +136,14 @@ def enter(model, function, *args):
 def whole(x):
     """A tensor as it is, a shard gathered from all ranks (who all must ask); anything else as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def fetch(x):
+    """`whole` on the CPU of rank 0, nothing on the other ranks; anything but a tensor as it is."""
+    if not torch.is_tensor(x):
+        return x
+    x = whole(x.detach())
+    return None if dist.is_initialized() and dist.get_rank() else x.cpu().contiguous()
 
 
 def like(x, p):
@@ -244,15 +253,14 @@ def add_lora(model, rank, alpha, targets, skip=()):
 
 
 def whole_state(model):
-    """{name: tensor on the CPU} of a model without adapters: they are merged, shards are gathered. All ranks must call it."""
+    """{name: tensor on the CPU} of a model without adapters: they are merged, shards are gathered. All ranks call it, rank 0 gets it."""
     layers, out, seen = lora_layers(model), {}, set()
     for name, x in model.state_dict(keep_vars=True).items():
         layer, _, leaf = name.rpartition(".base.")
         if id(x) in seen or re.search(r"\.lora_[AB]$", name):                   # tied weights come once
             continue
         seen.add(id(x))
-        x = layers[layer].merged_weight() if layer in layers and leaf == "weight" else whole(x.detach())
-        out[f"{layer}.{leaf}" if layer in layers else name] = x.cpu()
+        out[f"{layer}.{leaf}" if layer in layers else name] = fetch(layers[layer].merged_weight() if layer in layers and leaf == "weight" else x)
     return out
 
 
@@ -289,8 +297,7 @@ def save_adapter(folder, modules, filename="adapter_model.safetensors"):
     """
     layers, tensors = {f"{prefix}{name}": layer for prefix, m in modules.items() for name, layer in lora_layers(m).items()}, {}
     for name, layer in layers.items():
-        tensors[f"{name}.lora_A.weight"] = whole(layer.lora_A.detach()).cpu().contiguous()
-        tensors[f"{name}.lora_B.weight"] = (whole(layer.lora_B.detach()) * layer.scale).cpu().contiguous()
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = fetch(layer.lora_A), fetch(layer.lora_B * layer.scale)
     if dist.is_initialized() and dist.get_rank():
         return
     os.makedirs(folder, exist_ok=True)
@@ -400,8 +407,7 @@ def save_checkpoint(run, step, params, optimizers, args, ranks):
     """Write run/step_000123/ aside and rename it: weights.safetensors, state.pt (optimizers, RNG of each rank), args.json, which closes
     with the digests of both. A kill at any moment leaves the checkpoints before. Shards are gathered, so all ranks call it."""
     rng = gather([[torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if ranks.device.type == "cuda" else [])], ranks)
-    weights = {n: whole(p.detach()).cpu().contiguous() for n, p in params.items()}
-    states = [tree_map(whole, o.state_dict()) for o in optimizers]
+    weights, states = {n: fetch(p) for n, p in params.items()}, [tree_map(fetch, o.state_dict()) for o in optimizers]
     if ranks.rank == 0:
         folder, aside = os.path.join(run, f"step_{step:06d}"), os.path.join(run, "aside")
         shutil.rmtree(aside, ignore_errors=True)
@@ -441,16 +447,15 @@ def load_checkpoint(run, params, optimizers, args, ranks):
                if saved["args"].get(k) != v and k not in ("resume", "out", "save_every", "eval_every")]
     if differs:
         raise ValueError(f"--resume: {folder} was made with other options: {', '.join(differs)}")
-    weights = load_file(files["weights.safetensors"])
-    if weights.keys() != params.keys():
-        raise ValueError(f"--resume: {folder} holds other weights: missing {sorted(params.keys() - weights.keys())[:3]}, "
-                         f"unexpected {sorted(weights.keys() - params.keys())[:3]}")
-    state = torch.load(files["state.pt"], map_location="cpu", weights_only=True)
+    state = torch.load(files["state.pt"], map_location="cpu", weights_only=True, mmap=True)
     if len(state["rng"]) != ranks.world:
         raise ValueError(f"--resume: {folder} was made by {len(state['rng'])} ranks, these are {ranks.world}: start as many")
-    with torch.no_grad():
+    with torch.no_grad(), safe_open(files["weights.safetensors"], "pt") as weights:
+        if set(weights.keys()) != params.keys():
+            raise ValueError(f"--resume: {folder} holds other weights: missing {sorted(params.keys() - set(weights.keys()))[:3]}, "
+                             f"unexpected {sorted(set(weights.keys()) - params.keys())[:3]}")
         for name, p in params.items():
-            p.copy_(like(weights[name], p))
+            p.copy_(like(weights.get_tensor(name), p))
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         owners = [p for group in optimizer.param_groups for p in group["params"]]
         for i, slots in saved["state"].items():
@@ -690,13 +695,18 @@ def seeded_noise(shape, *seed):
     return torch.randn(shape, generator=generator(*seed))
 
 
-def sample_images(pipe, prompts, seeds, batch_size=64, **kwargs):
-    """PIL images by the stock (ODE) sampler; image i is a function of its prompt and its seed."""
-    images = []
+def frames_of(output):
+    """[frames, ...] of a pipeline's output: a list of PIL images for each sample, one for an image, all of them for a video."""
+    return [list(item) if isinstance(item, (list, tuple)) else [item] for item in output[0]]
+
+
+def sample_media(pipe, prompts, seeds, batch_size=64, **kwargs):
+    """frames_of samples by the stock (ODE) sampler; sample i is a function of its prompt and its seed."""
+    media = []
     for i in range(0, len(prompts), batch_size):
         generators = [generator(seed) for seed in seeds[i:i + batch_size]]
-        images += run(pipe, prompt=list(prompts[i:i + batch_size]), generator=generators, **kwargs).images
-    return images
+        media += frames_of(run(pipe, prompt=list(prompts[i:i + batch_size]), generator=generators, **{"output_type": "pil", **kwargs}))
+    return media
 
 
 def save_pipeline(pipe, folder):
@@ -881,7 +891,7 @@ class Generator:
         prompts = [prompts[i] for i in range(min(len(prompts), self.args.eval_num))]
         know_toy_classes(out / "model")
         pipe = load_pipeline(out / "model", self.pipe.device)
-        images = sample_images(pipe, [p["prompt"] for p in prompts], range(len(prompts)), **self.args.pipe_arg)
+        images = [frames[0] for frames in sample_media(pipe, [p["prompt"] for p in prompts], range(len(prompts)), **self.args.pipe_arg)]
         draw_grid([images[i:i + 8] for i in range(0, min(len(images), 64), 8)], out / "samples.png")
         return toy_world().truth(prompts, images) if "toy_prompt" in prompts[0] else {}
 

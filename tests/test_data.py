@@ -50,6 +50,17 @@ def test_missing_and_empty_files_are_refused(tmp_path):
         data.read_records(write(tmp_path, ""), "pair")
 
 
+def test_prompts_come_from_text_csv_and_jsonl(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n\na dog, red\n")
+    (tmp_path / "p.csv").write_text('id,prompt\n1,a cat\n2,"a dog, red"\n')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog, red"}\n')
+    for name in ("p.txt", "p.csv", "p.jsonl"):
+        assert [r["prompt"] for r in data.read_records(tmp_path / name, "prompt")] == ["a cat", "a dog, red"]
+    (tmp_path / "p.csv").write_text("id,text\n1,a cat\n")
+    with pytest.raises(ValueError, match="p.csv:2: 'prompt' is None"):
+        data.read_records(tmp_path / "p.csv", "prompt")
+
+
 def test_check_command(tmp_path, capsys):
     data.main(["check", str(write(tmp_path, {**PAIR, "response": "r"}))])
     assert "1 trace records, all well formed" in capsys.readouterr().out

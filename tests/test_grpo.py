@@ -20,7 +20,7 @@ def pipe(generator_folder):
     return sft.load_pipeline(generator_folder, torch.device("cpu"))
 
 
-ARGS = SimpleNamespace(shared_noise=False, eta=.7, sde_steps=3, clip_range=1e-3, ratio_norm=False, kl=0.0)
+ARGS = grpo.parse_args(["--no-shared-noise", "--no-ratio-norm", "--kl", "0"])
 PROMPTS = ["a red circle", "a blue star above a green square"]
 SEEDS = [(0, 1), (0, 2)]
 
@@ -38,19 +38,61 @@ def test_transition_is_the_flow_sde_worked_by_hand():
     torch.testing.assert_close(std, torch.tensor(.2213594))
 
 
+def test_the_other_samplers_worked_by_hand():
+    """The same step. dance: s^2 = .49, so .8 + .49 / 1 * 2 * -.1 = .702 here too, as sigma / (1 - sigma) is 1 at .5; at .8 -> .6 it is not:
+    1 + 2 * -.2 + .49 / 1.6 * 1.4 * -.2 = .51425, std .7 sqrt(.2). cps at eta .5, .5 -> .4: s = .4 sin 45 = .2828427, x0 = 1 - 1 = 0, x1 = 2,
+    mean = .6 * 0 + sqrt(.16 - .08) * 2 = .5656854."""
+    x, v = torch.ones(1, 1), 2 * torch.ones(1, 1)
+    mean, std = grpo.transition(torch.tensor([.9, .8, .6]), 1, x, v, .7, "dance")
+    torch.testing.assert_close((mean, std), (torch.tensor([[.51425]]), torch.tensor(.3130495)))
+    mean, std = grpo.transition(torch.tensor([.6, .5, .4]), 1, x, v, .5, "cps")
+    torch.testing.assert_close((mean, std), (torch.tensor([[.5656854]]), torch.tensor(.2828427)))
+
+
+@pytest.mark.parametrize("kind", ["flow", "dance", "cps"])
+def test_samplers_keep_the_variance_of_the_schedule(kind):
+    """Where the clean data is the one point 0, v = x / sigma, x has std sigma on the flow; cps keeps that exactly, the SDEs up to dt^2."""
+    sigmas = torch.linspace(.9, .1, 801)
+    variance = sigmas[1] ** 2
+    for i in range(1, 800):
+        mean, std = grpo.transition(sigmas, i, torch.ones(1), torch.ones(1) / sigmas[i], .3, kind)
+        variance = mean ** 2 * variance + std ** 2
+    assert abs(variance.item() ** .5 - .1) < (1e-5 if kind == "cps" else 5e-3)
+
+
+@pytest.mark.parametrize("where, starts", [("first", {0}), ("random", {0, 1, 2, 3, 4}), ("slide", {0, 1, 2, 3, 4})])
+def test_the_window_of_stochastic_steps(where, starts):
+    """3 of 8 steps; the last one stays deterministic; half of the three are trained."""
+    args = grpo.parse_args(["--sde-window", where, "--max-steps", "50", "--train-share", ".5"])
+    found = [grpo.window(args, 8, step) for step in range(50)]
+    assert {steps[0] for steps, _ in found} == starts and all(steps == list(range(steps[0], steps[0] + 3)) for steps, _ in found)
+    assert all(len(trained) == 2 and set(trained) < set(steps) for steps, trained in found)
+    assert where != "slide" or [steps[0] for steps, _ in found] == sorted(steps[0] for steps, _ in found)
+    with pytest.raises(ValueError, match="leaves no deterministic last step of 3"):
+        grpo.window(args, 3, 0)
+
+
+def test_nft_loss_and_its_slope():
+    """At v = v_old = 1, v* = 3, A = 5 (r = 1) and 0 (r = 1/2): loss 4; slope 2 beta (2 r - 1) (v - v*) = -4 and 0."""
+    v = torch.ones(2, 1, requires_grad=True)
+    losses = grpo.nft_loss(v, torch.ones(2, 1), torch.full((2, 1), 3.), torch.tensor([5., 0.]), 1.0)
+    losses.sum().backward()
+    torch.testing.assert_close((losses.detach(), v.grad), (torch.tensor([4., 4.]), torch.tensor([[-4.], [0.]])))
+
+
 def test_eta_0_is_the_stock_euler_sampler_bit_for_bit(pipe):
     args = SimpleNamespace(**{**vars(ARGS), "eta": 0.0})
     ours, trajectory = grpo.rollout(pipe, PROMPTS, SEEDS, args, output_type="pt", **PIPE_ARGS)
     stock = sft.run(pipe, prompt=PROMPTS, generator=[generator(*s) for s in SEEDS], output_type="pt", **PIPE_ARGS).images
-    assert torch.equal(ours, stock) and ours.std() > .01
-    assert len(trajectory["x"]) == 10
+    assert torch.equal(torch.stack([frame for frame, in ours]), stock) and stock.std() > .01
+    assert len(trajectory["x"]) == 11 and len(trajectory["means"]) == 10
 
 
 def test_image_is_a_function_of_its_prompt_and_seed(pipe):
     both, _ = grpo.rollout(pipe, PROMPTS, SEEDS, ARGS, output_type="pt", **PIPE_ARGS)
     one, _ = grpo.rollout(pipe, PROMPTS[1:], SEEDS[1:], ARGS, output_type="pt", **PIPE_ARGS)
     torch.testing.assert_close(both[1:], one)
-    assert not torch.allclose(both[0], both[1])
+    assert not torch.allclose(both[0][0], both[1][0])
 
 
 def test_shared_noise_is_shared_by_a_group_only(pipe):
@@ -100,7 +142,7 @@ def test_judge_groups_counts_and_stays_within_groups():
     """A fake judge that likes bright images: advantages follow brightness in each group, whatever the other group holds."""
     from PIL import Image
     from test_dpo import GOOD
-    images, prompts = [Image.new("RGB", (4, 4), (v, v, v)) for v in (10, 30, 20, 250, 200, 240)], ["a"] * 3 + ["b"] * 3
+    images, prompts = [[Image.new("RGB", (4, 4), (v, v, v))] for v in (10, 30, 20, 250, 200, 240)], ["a"] * 3 + ["b"] * 3
 
     def judge(comparisons):
         better = [1 if c.media_1[0].getpixel((0, 0)) > c.media_2[0].getpixel((0, 0)) else 2 for c in comparisons]
@@ -143,6 +185,17 @@ def test_run_resumes_exactly_and_starts_at_ratio_1(lora, generator_folder, judge
     run_grpo(generator_folder, judge_folder, out, *args, "--resume")
     assert all(torch.equal(v, weights(out, 4)[k]) for k, v in whole.items())
     assert [r["loss"] for r in rows(out)] == [r["loss"] for r in log]
+
+
+@pytest.mark.parametrize("options", [["--loss", "nft"], ["--epochs", "2", "--sde", "cps"], ["--sde", "dance", "--sde-window", "random", "--train-share", ".5"]])
+def test_the_other_algorithms_run(options, generator_folder, judge_folder, tmp_path, monkeypatch):
+    fake_verdicts(monkeypatch)
+    run_grpo(generator_folder, judge_folder, tmp_path / "run", *options, "--kl", ".1", "--max-steps", "2", "--lr", "1e-2")
+    first, second = rows(tmp_path / "run")
+    assert first["max_ratio_error"] == 0 and second["kl"] > 0 and first["grad_norm"] > 0
+    assert "--epochs" not in options or first["clip_fraction"] > 0             # the second update of a rollout has left ratio 1
+    with pytest.raises(SystemExit):
+        grpo.parse_args(["--loss", "nft", "--epochs", "2"])
 
 
 def test_kl_is_0_at_the_base_and_grows_away_from_it(generator_folder, judge_folder, tmp_path, monkeypatch):

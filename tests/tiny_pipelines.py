@@ -1,0 +1,175 @@
+"""Tiny random pipelines of the generator families, from their own configs: make(family) -> (pipeline, the arguments of a call)."""
+import diffusers as df
+import numpy as np
+import torch
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+NEGATIVE = "blurry, low quality"
+SPECIAL = ["<bos>", "<pad>", "<eos>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+CHAT = "{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+CLIP_SIZES = dict(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=3, vocab_size=400, bos_token_id=0, pad_token_id=1, eos_token_id=2)
+QWEN_SIZES = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=400)
+
+
+def tokenizer(length=77, bos=True):
+    """Bytes, and the special tokens of all families."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(SPECIAL + alphabet)}, [], unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.add_special_tokens(SPECIAL)
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 2)])
+    return hf.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+                                      model_max_length=length, chat_template=CHAT)
+
+
+def clip(kind=hf.CLIPTextModel, width=32):
+    return kind(hf.CLIPTextConfig(**CLIP_SIZES | dict(hidden_size=width), projection_dim=width))
+
+
+def t5(kind="T5"):
+    return getattr(hf, f"{kind}EncoderModel")(getattr(hf, f"{kind}Config")(vocab_size=400, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4))
+
+
+def qwen3(kind=hf.Qwen3Model):
+    return kind(hf.Qwen3Config(**QWEN_SIZES, max_position_embeddings=512))
+
+
+def vae(channels, **options):
+    sizes = dict(block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=1, sample_size=32, scaling_factor=1.5, shift_factor=.06, use_quant_conv=False,
+                 use_post_quant_conv=False, down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    return df.AutoencoderKL(in_channels=3, out_channels=3, latent_channels=channels, **sizes | options)
+
+
+def euler(**options):
+    return df.FlowMatchEulerDiscreteScheduler(**options)
+
+
+def flux(kind=df.FluxPipeline):
+    transformer = df.FluxTransformer2DModel(patch_size=1, in_channels=16, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8], guidance_embeds=True,
+                                            num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2)
+    pipe = kind(scheduler=euler(shift=3.0, use_dynamic_shifting=True), text_encoder=clip(), text_encoder_2=t5(), tokenizer=tokenizer(), tokenizer_2=tokenizer(512),
+                transformer=transformer, vae=vae(4), image_encoder=None, feature_extractor=None)
+    return pipe, dict(height=16, width=16, guidance_scale=3.5, max_sequence_length=32)
+
+
+def flux_true_cfg():
+    pipe, args = flux()
+    return pipe, {**args, "true_cfg_scale": 3.0, "negative_prompt": NEGATIVE}
+
+
+def kontext():
+    pipe, args = flux(df.FluxKontextPipeline)
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype="uint8"))
+    return pipe, {**args, "image": image, "max_area": 256, "_auto_resize": False}
+
+
+def flux2():
+    transformer = df.Flux2Transformer2DModel(patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+                                             joint_attention_dim=16, timestep_guidance_channels=256, axes_dims_rope=[4, 4, 4, 4], guidance_embeds=False)
+    coder = df.AutoencoderKLFlux2(sample_size=32, in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+                                  block_out_channels=(4,), layers_per_block=1, latent_channels=4, norm_num_groups=1, use_quant_conv=False, use_post_quant_conv=False)
+    pipe = df.Flux2KleinPipeline(scheduler=euler(use_dynamic_shifting=True), text_encoder=qwen3(hf.Qwen3ForCausalLM), tokenizer=tokenizer(512, bos=False),
+                                 transformer=transformer, vae=coder, is_distilled=False)
+    return pipe, dict(height=8, width=8, guidance_scale=4.0, max_sequence_length=32, text_encoder_out_layers=(1,))
+
+
+def sd3():
+    transformer = df.SD3Transformer2DModel(sample_size=32, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32,
+                                           joint_attention_dim=32, pooled_projection_dim=64, out_channels=4, qk_norm="rms_norm", dual_attention_layers=(0,))
+    encoders = {f"text_encoder{n}": clip(hf.CLIPTextModelWithProjection) for n in ("", "_2")}
+    pipe = df.StableDiffusion3Pipeline(scheduler=euler(shift=3.0), **encoders, text_encoder_3=t5(), tokenizer=tokenizer(), tokenizer_2=tokenizer(),
+                                       tokenizer_3=tokenizer(256), transformer=transformer, vae=vae(4))
+    return pipe, dict(height=16, width=16, guidance_scale=4.5, max_sequence_length=32, negative_prompt=NEGATIVE)
+
+
+def wan(experts=1):
+    transformers = [df.WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=32, freq_dim=256,
+                                             ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32) for _ in range(experts)]
+    coder = df.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
+    pipe = df.WanPipeline(transformer=transformers[0], transformer_2=transformers[1] if experts > 1 else None, boundary_ratio=.8 if experts > 1 else None, vae=coder,
+                          scheduler=euler(shift=3.0), text_encoder=t5("UMT5"), tokenizer=tokenizer(512))
+    args = dict(height=16, width=16, num_frames=5, guidance_scale=4.0, negative_prompt=NEGATIVE, max_sequence_length=32)
+    return pipe, args | (dict(guidance_scale_2=3.0) if experts > 1 else {})
+
+
+def qwen_image():
+    transformer = df.QwenImageTransformer2DModel(patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=3,
+                                                 joint_attention_dim=16, guidance_embeds=False, axes_dims_rope=(8, 4, 4))
+    coder = df.AutoencoderKLQwenImage(base_dim=24, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, True], latents_mean=[.1] * 4, latents_std=[1.3] * 4)
+    encoder = hf.Qwen2_5_VLForConditionalGeneration(hf.Qwen2_5_VLConfig(
+        text_config=dict(**QWEN_SIZES, rope_parameters=dict(mrope_section=[1, 1, 2], rope_type="default", rope_theta=1e6)),
+        vision_config=dict(depth=2, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16, fullatt_block_indexes=[1]),
+        vision_start_token_id=6, vision_end_token_id=7, image_token_id=8, video_token_id=9))
+    pipe = df.QwenImagePipeline(transformer=transformer, vae=coder, scheduler=euler(shift=3.0, use_dynamic_shifting=True, shift_terminal=.02), text_encoder=encoder,
+                                tokenizer=tokenizer(1024, bos=False))
+    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", 4
+    return pipe, dict(height=32, width=32, max_sequence_length=32, true_cfg_scale=4.0, negative_prompt=NEGATIVE)
+
+
+def z_image():
+    transformer = df.ZImageTransformer2DModel(all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+                                              norm_eps=1e-5, qk_norm=True, cap_feat_dim=16, rope_theta=256.0, t_scale=1000.0, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32])
+    pipe = df.ZImagePipeline(transformer=transformer, vae=vae(16, block_out_channels=[32, 64], norm_num_groups=32), scheduler=euler(shift=3.0), text_encoder=qwen3(),
+                             tokenizer=tokenizer(512, bos=False))
+    return pipe, dict(height=32, width=32, guidance_scale=3.0, max_sequence_length=32)
+
+
+def sana():
+    transformer = df.SanaTransformer2DModel(patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
+                                            num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8, sample_size=32)
+    stages = ("ResBlock", "EfficientViTBlock")
+    coder = df.AutoencoderDC(in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=stages, decoder_block_types=stages, encoder_block_out_channels=(8, 8),
+                             decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)), encoder_layers_per_block=(1, 1),
+                             decoder_layers_per_block=[1, 1], downsample_block_type="conv", upsample_block_type="interpolate", decoder_norm_types="rms_norm",
+                             decoder_act_fns="silu", scaling_factor=.41407)
+    encoder = hf.Gemma2Model(hf.Gemma2Config(head_dim=16, hidden_size=8, intermediate_size=64, num_attention_heads=2, num_hidden_layers=1, num_key_value_heads=2, vocab_size=400,
+                                             attn_implementation="eager"))
+    pipe = df.SanaPipeline(transformer=transformer, vae=coder, scheduler=euler(shift=3.0), text_encoder=encoder, tokenizer=tokenizer(300))
+    return pipe, dict(height=32, width=32, guidance_scale=4.5, negative_prompt=NEGATIVE, max_sequence_length=32, complex_human_instruction=None, use_resolution_binning=False)
+
+
+def ltx():
+    transformer = df.LTXVideoTransformer3DModel(in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, num_attention_heads=4, attention_head_dim=8,
+                                                cross_attention_dim=32, num_layers=1, caption_channels=32)
+    scaling = (True, True, False, False)
+    coder = df.AutoencoderKLLTXVideo(latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, spatio_temporal_scaling=scaling,
+                                     decoder_spatio_temporal_scaling=scaling, layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, patch_size=1, patch_size_t=1,
+                                     encoder_causal=True, decoder_causal=False)
+    coder.use_framewise_encoding = coder.use_framewise_decoding = False
+    pipe = df.LTXPipeline(transformer=transformer, vae=coder, scheduler=euler(use_dynamic_shifting=True, shift_terminal=.1), text_encoder=t5(), tokenizer=tokenizer(128))
+    return pipe, dict(height=32, width=32, num_frames=9, guidance_scale=3.0, negative_prompt=NEGATIVE, max_sequence_length=32)
+
+
+def hunyuan_video():
+    transformer = df.HunyuanVideoTransformer3DModel(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
+                                                    num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=8,
+                                                    rope_axes_dim=(2, 4, 4))
+    coder = df.AutoencoderKLHunyuanVideo(in_channels=3, out_channels=3, latent_channels=4, down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+                                         up_block_types=("HunyuanVideoUpBlock3D",) * 4, block_out_channels=(8,) * 4, layers_per_block=1, act_fn="silu", norm_num_groups=4,
+                                         scaling_factor=.476986, spatial_compression_ratio=8, temporal_compression_ratio=4, mid_block_add_attention=True)
+    encoder = hf.LlamaModel(hf.LlamaConfig(**CLIP_SIZES | dict(hidden_size=16)))
+    left = tokenizer(512)
+    left.padding_side = "left"
+    pipe = df.HunyuanVideoPipeline(transformer=transformer, vae=coder, scheduler=euler(shift=7.0), text_encoder=encoder, text_encoder_2=clip(width=8), tokenizer=left,
+                                   tokenizer_2=tokenizer())
+    return pipe, dict(height=16, width=16, num_frames=5, guidance_scale=4.5, max_sequence_length=32, prompt_template=dict(template="{}", crop_start=0))
+
+
+FAMILIES = {"FLUX.1": flux, "FLUX.1 true CFG": flux_true_cfg, "FLUX.1 Kontext": kontext, "FLUX.2": flux2, "SD3.5": sd3, "Qwen-Image": qwen_image, "Z-Image": z_image,
+            "Sana": sana, "Wan 2.1": wan, "Wan 2.2": lambda: wan(2), "LTX": ltx, "HunyuanVideo": hunyuan_video}
+
+
+def make(family):
+    """(pipeline, the arguments of a call but prompt, steps and generator). Weights that a config leaves empty are drawn as well."""
+    torch.manual_seed(0)
+    pipe, args = FAMILIES[family]()
+    for name in ("transformer", "transformer_2"):
+        module = getattr(pipe, name, None)
+        for key, p in module.named_parameters() if module is not None else []:
+            if "pad_token" in key or not torch.isfinite(p).all():
+                torch.nn.init.normal_(p)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, args
