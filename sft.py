@@ -440,7 +440,7 @@ def load_checkpoint(run, params, optimizers, args, ranks):
             saved = json.load(file)
         damaged = [name for name, path in files.items() if digest(path) != saved["digests"][name]]
     except (OSError, ValueError, KeyError) as error:
-        damaged = [repr(error)]
+        damaged = [f"{type(error).__name__}: {error}"]
     if damaged:
         raise ValueError(f"--resume: {folder} is damaged ({', '.join(damaged)}). Remove it to resume from the one before")
     differs = [f"{k} {saved['args'].get(k)!r} -> {v!r}" for k, v in args.items()

@@ -50,8 +50,9 @@ def test_ranks_equal_one_process(run, runs):
     single = f"1-{run.split('-')[1]}-ddp"
     one, many = rows(runs / single), rows(runs / run)
     assert len(one) == len(many) == 3
+    zero = 1e-4 if "grpo" in run else 1e-6           # advantages sum to 0, so GRPO's loss is what rounding leaves
     for a, b in zip(one, many):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-6)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=zero) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-6)
     assert min(row["grad_norm"] for row in one) > 0
     a, b = weights(runs / single, 3), weights(runs / run, 3)
     apart = max((a[k] - b[k]).abs().max().item() for k in a)
