@@ -21,9 +21,9 @@ from data import batch_indices, know_toy_classes, open_records, toy_models, toy_
 from reward import (Comparison, Failure, asks_judge, blend_advantages, find_judge, group_advantages, normalize, open_judge, open_rewards, parse_verdict, reward_values,
                     schedule_pairs, win_rates)
 # toolbox and driver from sft.py; paste those blocks here to stand alone
-from sft import (Done, Log, add_lora, adapters_off, denoisers, draw_curves, draw_grid, frames_of, gather, generator, load_checkpoint, load_pipeline,
-                 make_optimizers, optimizer_step, peak_gib, pipe_arg, run, sample_media, save_adapter, save_checkpoint, save_pipeline,
-                 save_whole, seeded_noise, set_lr, shard, start_ranks, total, trainable, velocity)
+from sft import (Done, Log, adapters_off, denoisers, draw_curves, draw_grid, frames_of, gather, generator, load_checkpoint, load_pipeline,
+                 make_optimizers, optimizer_step, peak_gib, pipe_arg, prepare_training, run, sample_media, save_adapter, save_checkpoint, save_pipeline,
+                 save_whole, seeded_noise, set_lr, start_ranks, total, trainable, velocity)
 
 
 def parse_args(argv=None):
@@ -82,6 +82,9 @@ def parse_args(argv=None):
     add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
     # run
     add("--bf16", action=flag, default=False, help="autocast the generator to bfloat16; the ratio is then 1 only nearly")
+    add("--fsdp", action=flag, default=False, help="split weights, gradients and optimizer over the ranks (FSDP2) instead of copying them")
+    add("--grad-ckpt", action=flag, default=False, help="gradient checkpointing: less memory, a third more time")
+    add("--compile", action=flag, default=False, help="torch.compile each block")
     add("--seed", type=int, default=0)
     add("--out", default="out/grpo", help="run folder")
     add("--save-every", type=int, default=20, help="steps between checkpoints")
@@ -310,12 +313,9 @@ def main(argv=None):
     if args.data.split(":")[0] == "toy":
         args.pipe_arg = {**toy_models().PIPE_ARGS, **args.pipe_arg}
     modules = {f"{name}.": module for name, module in denoisers(pipe).items()}
-    if args.lora_rank:
-        for module in modules.values():
-            add_lora(module, args.lora_rank, args.lora_alpha, args.lora_targets)
-    params = {prefix + name: p for prefix, module in modules.items() for name, p in trainable(module).items()}
     for module in modules.values():
-        shard(module, ranks)
+        prepare_training(module, ranks, args.lora_rank, args.lora_alpha, args.lora_targets, grad_ckpt=args.grad_ckpt, compile=args.compile, fsdp=args.fsdp)
+    params = {prefix + name: p for prefix, module in modules.items() for name, p in trainable(module).items()}
     optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
     per_step = args.batch_size * args.accumulation * ranks.world                # prompts
     num_images = per_step * args.group_size
@@ -325,9 +325,9 @@ def main(argv=None):
         """(numbers, media, records) of `num` samples of held-out prompts by the ODE, the work split over ranks; noise depends on seed."""
         held_out = open_records(args.eval_data, "prompt", num, seed)
         held_out = [held_out[i] for i in range(min(len(held_out), num))]
-        mine = list(range(ranks.rank, len(held_out), ranks.world))
+        mine = [i % len(held_out) for i in range(ranks.rank, math.ceil(len(held_out) / ranks.world) * ranks.world, ranks.world)]    # equally many
         media = sample_media(pipe, [held_out[i]["prompt"] for i in mine], [seed * 1_000_003 + i for i in mine], 128, **pipe_args)
-        media = [frames for _, frames in sorted(gather(zip(mine, media), ranks), key=lambda pair: pair[0])]
+        media = [frames for _, frames in sorted(dict(gather(zip(mine, media), ranks)).items())]
         return (toy_world().truth(held_out, [frames[0] for frames in media]) if "toy_prompt" in held_out[0] else {}), media, held_out
 
     def win_rate_over(media, others, prompts):

@@ -119,7 +119,8 @@ def shard(model, ranks, fsdp=False, bf16=False):
         for p in model.parameters():
             dist.broadcast(p.data, 0)
     if fsdp and ranks.world > 1:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+        # inputs stay float32: in bfloat16 a timestep of 999 would be 1000; autocast casts what may be cast
+        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
         for part in [*blocks(model), model]:
             fully_shard(part, mp_policy=policy)
             part.set_gradient_divide_factor(1.0)                                # sums, as the loss is divided already

@@ -35,7 +35,7 @@ def runs(judge_folder, generator_folder, tmp_path_factory):
               "dpolora": ["dpo", "--model", judge_folder, "--data", preferences(path), "--lora-rank", "4", "--precompute-ref"],
               "grpo": ["grpo", "--model", generator_folder, "--reward", f"{path}/bright.py:bright", "--lora-rank", "4", "--group-size", "3",
                        "--eval-every", "0", "--kl", ".1"]}                      # an untrained judge would reward nothing
-    modes = {1: {"ddp": stages}, 2: {"ddp": ["sft", "dpolora", "grpo"], "fsdp": ["sft", "dpolora", "generator"]},
+    modes = {1: {"ddp": stages}, 2: {"ddp": ["sft", "dpolora", "grpo"], "fsdp": ["sft", "dpolora", "generator", "grpo"]},
              3: {"ddp": ["sftlora", "generator"], "fsdp": ["sft", "sftlora", "dpo"]}}
     for ranks, chosen in modes.items():
         batch, accumulation = SIX[ranks]
@@ -44,7 +44,7 @@ def runs(judge_folder, generator_folder, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("run", ["2-sft-ddp", "2-dpolora-ddp", "2-grpo-ddp", "2-sft-fsdp", "2-dpolora-fsdp", "2-generator-fsdp",
+@pytest.mark.parametrize("run", ["2-sft-ddp", "2-dpolora-ddp", "2-grpo-ddp", "2-sft-fsdp", "2-dpolora-fsdp", "2-generator-fsdp", "2-grpo-fsdp",
                                  "3-sftlora-ddp", "3-generator-ddp", "3-sft-fsdp", "3-sftlora-fsdp", "3-dpo-fsdp"])
 def test_ranks_equal_one_process(run, runs):
     single = f"1-{run.split('-')[1]}-ddp"
