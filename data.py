@@ -1,6 +1,7 @@
 """Records in, batches out: preference pairs, verdict traces and preferences between traces, from JSONL or from the toy world.
 
-    python data.py check FILE.jsonl            counts, and the first bad line with its reason
+    python data.py check FILE.jsonl                                   counts, and the first bad line with its reason
+    python data.py toy FILE.jsonl --kind pair --split test            toy records as files, to look at and to try everything on
 
 A file holds one JSON object a line. Paths in it are relative to the file.
     pair         {"prompt", "images": [first, second], "winner": "Image 1" | "Image 2" | "Tie"}      (or "videos", "Video 1" ...)
@@ -121,14 +122,14 @@ def write_jsonl(path, records):
         for i, record in enumerate(records):
             media = []
             name = "videos" if "videos" in record else "images"
-            for k, item in enumerate(record[name]):
+            for k, item in enumerate(record.get(name, [])):
                 if isinstance(item, Image.Image):
                     media.append(f"images/{i:06d}_{k + 1}.png")
                     item.save(path.parent / media[-1])
                 else:
                     media.append(str(Path(item).resolve()))
             row = {k: v for k, v in record.items() if k not in ("where", "toy_prompt")}
-            file.write(json.dumps({**row, name: media}) + "\n")
+            file.write(json.dumps({**row, name: media} if media else row) + "\n")
     os.replace(aside, path)
 
 
@@ -246,9 +247,16 @@ def build_preferences(judge, pairs, num_traces=4, temperature=.7, progress=True)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check"])
-    parser.add_argument("file", help="a JSONL file of records")
+    parser.add_argument("command", choices=["check", "toy"])
+    parser.add_argument("file", help="a JSONL file of records, to check or to write")
+    parser.add_argument("--kind", choices=["pair", "trace", "image", "prompt"], default="pair", help="toy: which records")
+    parser.add_argument("--split", choices=["train", "val", "test", "scenes"], default="train", help="toy: val and test have held-out prompts")
+    parser.add_argument("--num", type=int, default=1000, help="toy: how many")
+    parser.add_argument("--seed", type=int, default=0, help="toy: others with another seed")
     args = parser.parse_args(argv)
+    if args.command == "toy":
+        write_jsonl(args.file, open_records(f"toy:{args.split}", args.kind, args.num, args.seed))
+        return print(f"{args.file}: {args.num} {args.kind} records")
     try:
         text = Path(args.file).read_text()
         kind = next((k for k in ("preference", "trace", "pair") if all(f'"{name}"' in text for name in FIELDS[k])),

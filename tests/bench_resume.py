@@ -19,7 +19,7 @@ def main(kills=20):
             model.save_pretrained(f"{folder}/judge")
             processor.save_pretrained(f"{folder}/judge")
             Path(folder, "judge", "template.txt").write_text(toy_models.INSTRUCTION)
-            command = ["sft.py", "--model", f"{folder}/judge", "--max-steps", "300", "--save-every", "1", *SMALL, "--batch-size", "2"]
+            command = ["sft.py", "--model", f"{folder}/judge", "--max-steps", "600", "--save-every", "1", *SMALL, "--batch-size", "2"]
             moments = kill_and_resume(command, folder, kills, ranks)
             equal = same(state_of(f"{folder}/whole"), state_of(f"{folder}/killed"))
             print(f"{ranks} processes: killed after steps {[step for step, _ in moments]}, {sum(saving for _, saving in moments)} of them in a save; "

@@ -46,16 +46,20 @@ def kill_and_resume(command, out, kills, ranks=1, seed=0):
     the moments of the kills: the last step logged, and whether a save was open."""
     assert start([*command, "--out", f"{out}/whole"], ranks).wait() == 0
     rng, moments, killed = random.Random(seed), [], Path(out, "killed")
+
+    def steps():                                     # that the log has seen; its last line may be torn
+        return (killed / "log.jsonl").read_text().count('\n{"step"') if (killed / "log.jsonl").exists() else 0
+
     while len(moments) < kills:
-        process, before = start([*command, "--out", str(killed), "--resume"], ranks), len(rows(killed)) if (killed / "log.jsonl").exists() else 0
-        while process.poll() is None and not ((killed / "log.jsonl").exists() and (killed / "log.jsonl").read_text().count('"lr"') > before):
+        before, process = steps(), start([*command, "--out", str(killed), "--resume"], ranks)
+        while process.poll() is None and steps() <= before:
             time.sleep(.01)
         time.sleep(rng.random() * .4)
         if process.poll() is not None:
             raise AssertionError(f"the run ended before kill {len(moments) + 1}: {process.stderr.read().decode()[-2000:]}")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        moments.append((len(rows(killed)), (killed / "aside").exists()))
+        moments.append((steps(), (killed / "aside").exists()))
     last = start([*command, "--out", str(killed), "--resume"], ranks)
     assert last.wait() == 0, last.stderr.read().decode()[-2000:]
     return moments
@@ -63,7 +67,7 @@ def kill_and_resume(command, out, kills, ranks=1, seed=0):
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_killed_runs_end_as_the_whole_one(stage, judge_folder, tmp_path):
-    command = [f"{stage}.py", "--model", judge_folder, "--max-steps", "60", "--save-every", "1", *SMALL, "--batch-size", "2"]
+    command = [f"{stage}.py", "--model", judge_folder, "--max-steps", "120", "--save-every", "1", *SMALL, "--batch-size", "2"]
     command += ["--data", preferences(tmp_path), "--lora-rank", "4"] if stage == "dpo" else []
     kill_and_resume(command, tmp_path, kills=3)
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "killed"))
