@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from reward import Comparison, build_messages, chat_text, load_media, parse_verdict
 
@@ -234,7 +235,10 @@ def rank_traces(traces, winner):
 def build_preferences(judge, pairs, num_traces=4, temperature=.7, progress=True):
     """(preference records, counts): `num_traces` traces of each pair sampled from the judge, then ranked."""
     pairs = [p for p in pairs if p["winner"] != "Tie"]
-    traces = judge([comparison(p) for p in pairs for _ in range(num_traces)], temperature=temperature, progress=progress)
+    traces = []
+    for start in tqdm(range(0, len(pairs), 200), desc="traces of 200 pairs each", disable=not progress):       # whose images are in memory
+        chunk = [comparison(p) for p in pairs[start:start + 200]]
+        traces += judge([pair for pair in chunk for _ in range(num_traces)], temperature=temperature)
     preferences, counts = [], {"mixed": 0, "all right": 0, "all wrong": 0, "kept": 0}
     for i, pair in enumerate(pairs):
         case, chosen, rejected = rank_traces(traces[i * num_traces:(i + 1) * num_traces], WINNERS[pair["winner"]])

@@ -40,6 +40,7 @@ def parse_args(argv=None):
     add("--temperature", type=float, default=.7, help="of the sampled traces")
     add("--eval-data", default="toy:test", help="JSONL of pairs that are not trained on")
     add("--eval-num", type=int, default=400, help="records of it that are used, before and after")
+    add("--judge-batch", type=int, help="pairs judged at a time  [200, where verdicts are long 16]")
     add("--max-tokens", type=int, default=8192, help="a longer record is refused, never cut")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
     # lora
@@ -67,13 +68,14 @@ def parse_args(argv=None):
     add("--fsdp", action=flag, default=False, help="split weights, gradients and optimizer over the ranks (FSDP2) instead of copying them")
     add("--grad-ckpt", action=flag, default=False, help="gradient checkpointing: less memory, a third more time")
     add("--compile", action=flag, default=False, help="torch.compile each block")
-    add("--max-new-tokens", type=int, default=256, help="longest verdict written; real judges need about 2048")
+    add("--max-new-tokens", type=int, help="longest verdict written  [toy data 256, else 2048]")
     add("--seed", type=int, default=0)
     add("--out", default="out/judge-dpo", help="run folder")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
     args = parser.parse_args(argv)
-    for name, value in dict(lora_alpha=args.lora_rank, bf16=has_bf16()).items():
+    args.max_new_tokens = args.max_new_tokens or (256 if args.data.split(":")[0] == "toy" else 2048)
+    for name, value in dict(lora_alpha=args.lora_rank, bf16=has_bf16(), judge_batch=200 if args.max_new_tokens <= 256 else 16).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
@@ -120,7 +122,7 @@ def response_logps(model, batch):
     row, at = (targets != -100).nonzero(as_tuple=True)                          # (N,) labelled tokens
     first = segments[row, at] != segments[row, at - 1]
     before = torch.where(first, (segments == 0).int().argmin(1)[row], at) - 1   # the place that predicts each
-    logps = token_logps(hidden[row, before], model.get_output_embeddings(), targets[row, at])
+    logps = token_logps(model, hidden[row, before], targets[row, at])
     num = len(targets) if shared else len(targets) // 2
     side = segments[row, at] - 1 if shared else row // num                      # 0 chosen, 1 rejected
     out = torch.zeros(2, num, device=logps.device).index_put((side, row % num), logps, accumulate=True)
@@ -142,7 +144,7 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 def sample_preferences(args, judge, ranks):
     """The preference records made of the pairs of --data, whose traces the ranks sample in shares. They are kept in --out/preferences.jsonl."""
     path = Path(args.out, "preferences.jsonl")
-    if not args.resume or not path.exists():
+    if not (args.resume and path.exists() and any(Path(args.out).glob("step_*"))):                  # a checkpoint vouches for their options
         torch.manual_seed(args.seed + ranks.rank)
         pairs = open_records(args.data, "pair", args.data_num, args.seed, args.skip_bad)
         chosen = random.Random(args.seed).sample(range(len(pairs)), min(len(pairs), args.data_num))
@@ -150,6 +152,9 @@ def sample_preferences(args, judge, ranks):
         found, counts = build_preferences(judge, mine, args.num_traces, args.temperature, progress=ranks.rank == 0)
         counts = {k: int(total(v, ranks)) for k, v in counts.items()}
         found = gather(found, ranks)
+        if not found:
+            raise ValueError(f"no pair of traces is worth preferring: {counts}. All wrong: are verdicts cut at --max-new-tokens {args.max_new_tokens}, or is "
+                             "the judge untrained?  All right: take harder pairs or a higher --temperature")
         if ranks.rank == 0:
             print(f"{args.num_traces} traces for each of {len(chosen)} pairs: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
             write_jsonl(path, found)
@@ -170,7 +175,7 @@ def main(argv=None):
         return evaluate_judge(judge, [comparison(p) for p in held_out], labels, random.Random(0))
 
     template = args.template and Path(args.template).read_text()
-    judge = LocalJudge(args.model, template=template, batch_size=200, max_new_tokens=args.max_new_tokens)
+    judge = LocalJudge(args.model, template=template, batch_size=args.judge_batch, max_new_tokens=args.max_new_tokens)
     before = evaluate(judge) if ranks.rank == 0 else None
     records = read_records(args.data, "preference", args.skip_bad) if ready else sample_preferences(args, judge, ranks)
     torch.manual_seed(args.seed)
@@ -252,7 +257,7 @@ def main(argv=None):
     if ranks.rank == 0 and merged:
         processor.save_pretrained(folder)
         Path(folder, "template.txt").write_text(template)
-        after = evaluate(LocalJudge(folder, batch_size=200, max_new_tokens=args.max_new_tokens))
+        after = evaluate(LocalJudge(folder, batch_size=args.judge_batch, max_new_tokens=args.max_new_tokens))
         print(f"{len(held_out)} held-out pairs".ljust(24), "before   after")
         for name, value in before.items():
             if isinstance(value, float):

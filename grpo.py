@@ -59,6 +59,7 @@ def parse_args(argv=None):
     add("--adv-clip", type=float, default=5.0, help="advantages are clipped to plus and minus this")
     add("--max-parse-fail", type=float, default=.5, help="stop when a larger share of a step's verdicts is undecided, or of its scores missing")
     add("--max-new-tokens", type=int, default=256, help="longest verdict; real judges need about 2048")
+    add("--judge-batch", type=int, help="pairs judged at a time  [200, where verdicts are long 16]")
     # lora
     add("--lora-rank", type=int, default=32, help="0: all weights are trained")
     add("--lora-alpha", type=float, help="default: the rank")
@@ -92,6 +93,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+    args.judge_batch = args.judge_batch or (200 if args.max_new_tokens <= 256 else 16)
     if args.loss == "nft" and args.epochs > 1:
         parser.error("--loss nft takes the policy of the rollout as the old one, so --epochs is 1")
     if args.kl and not args.lora_rank:
@@ -163,7 +165,7 @@ def rollout(pipe, prompts, seeds, args, step=0, **kwargs):
     generators = [generator(*(seed[:-1] if args.shared_noise else seed)) for seed in seeds]
     media = frames_of(run(pipe, visit, prompt=prompts, generator=generators, **{"output_type": "pil", **kwargs}))
     return media, dict(x=xs, means=means, noises=noises, sigmas=pipe.scheduler.sigmas.to(xs[0].device), steps=window(args, len(means), step)[1],
-                       seeds=seeds)
+                       seeds=seeds, step=step)
 
 
 def replay(pipe, trajectory, steps, see, grad=True, **kwargs):
@@ -240,7 +242,7 @@ def accumulate_nft(pipe, trajectory, advantages, args, scale, **kwargs):
     """backward() of nft_loss at as many noise levels of the schedule as steps are trained, else as accumulate_gradients. No sampler and
     no density enters: the clean latents are noised anew. The old policy is the one that is updated."""
     clean, sigmas, stats = trajectory["x"][-1].float(), trajectory["sigmas"], {"loss": 0.0, "kl": 0.0, "max_ratio_error": 0.0}
-    levels = random.Random(repr(trajectory["seeds"][0])).sample(range(len(sigmas) - 1), len(trajectory["steps"]))
+    levels = random.Random(f"{args.seed} {trajectory['step']} nft").sample(range(len(sigmas) - 1), len(trajectory["steps"]))
     for i in levels:
         noise = torch.stack([seeded_noise(clean.shape[1:], *seed, "nft", i) for seed in trajectory["seeds"]]).to(clean)
         x = ((1 - sigmas[i]) * clean + sigmas[i] * noise).to(trajectory["x"][0].dtype)
@@ -296,29 +298,35 @@ def judge_groups(judge, rewards, prompts, media, rngs, args):
 
 def main(argv=None):
     args, ranks = parse_args(argv), start_ranks()
+    if min(args.eta, args.sde_steps, args.eval_num) <= 0:
+        raise SystemExit("--eta, --sde-steps and --eval-num must be above 0: without noise a group's images are equal")
     asks = asks_judge(args.reward)
     for folder, command in [(args.model, "python sft.py --task generator")] + [(args.judge or "out/", "python sft.py")] * asks:
         if folder.startswith("out/") and not Path(folder).exists():
             raise SystemExit(f"{folder} is not there yet. Make it first: {command}")
     try:
         args.judge = args.judge or (str(find_judge()) if asks else None)
-        judge = open_judge(args.judge, args.max_new_tokens, batch_size=256) if args.judge else None
+        judge = open_judge(args.judge, args.max_new_tokens, batch_size=args.judge_batch) if args.judge else None
         rewards = open_rewards(args.reward, judge)
     except ValueError as error:
         raise SystemExit(f"grpo.py: {error}") from None
     torch.manual_seed(args.seed)
     know_toy_classes(args.model)
-    pipe = load_pipeline(args.model, ranks.device)
+    half = ranks.device.type == "cuda" and args.bf16 and args.lora_rank         # what LoRA freezes is bfloat16, what trains float32
+    pipe = load_pipeline(args.model, ranks.device, torch.bfloat16 if half else torch.float32)
     records = open_records(args.data, "prompt", args.data_num, args.seed, args.skip_bad)
     if args.data.split(":")[0] == "toy":
         args.pipe_arg = {**toy_models().PIPE_ARGS, **args.pipe_arg}
     modules = {f"{name}.": module for name, module in denoisers(pipe).items()}
     for module in modules.values():
-        prepare_training(module, ranks, args.lora_rank, args.lora_alpha, args.lora_targets, grad_ckpt=args.grad_ckpt, compile=args.compile, fsdp=args.fsdp)
+        prepare_training(module, ranks, args.lora_rank, args.lora_alpha, args.lora_targets, grad_ckpt=args.grad_ckpt, compile=args.compile, fsdp=args.fsdp,
+                         bf16=args.bf16)
     params = {prefix + name: p for prefix, module in modules.items() for name, p in trainable(module).items()}
     optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
     per_step = args.batch_size * args.accumulation * ranks.world                # prompts
     num_images = per_step * args.group_size
+    if per_step > len(records):
+        raise SystemExit(f"a step takes {per_step} prompts and {args.data} holds {len(records)}: the same one twice would give the same images")
     pipe_args = dict(autocast=torch.bfloat16 if args.bf16 else None, **args.pipe_arg)
 
     def evaluate(num, seed):
@@ -326,7 +334,7 @@ def main(argv=None):
         held_out = open_records(args.eval_data, "prompt", num, seed)
         held_out = [held_out[i] for i in range(min(len(held_out), num))]
         mine = [i % len(held_out) for i in range(ranks.rank, math.ceil(len(held_out) / ranks.world) * ranks.world, ranks.world)]    # equally many
-        media = sample_media(pipe, [held_out[i]["prompt"] for i in mine], [seed * 1_000_003 + i for i in mine], 128, **pipe_args)
+        media = sample_media(pipe, [held_out[i]["prompt"] for i in mine], [seed * 1_000_003 + i for i in mine], args.batch_size * args.group_size, **pipe_args)
         media = [frames for _, frames in sorted(dict(gather(zip(mine, media), ranks)).items())]
         return (toy_world().truth(held_out, [frames[0] for frames in media]) if "toy_prompt" in held_out[0] else {}), media, held_out
 

@@ -2,7 +2,8 @@
 
     python sft.py                                                      the toy judge, from nothing
     python sft.py --task generator                                     the toy generator, from nothing
-    torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data traces.jsonl --optim adamw --lr 2.5e-6
+    torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data traces.jsonl --eval-data pairs.jsonl --optim adamw \\
+        --lr 2.5e-6 --batch-size 1 --accumulation 4 --fsdp --grad-ckpt
 
 One loop, two losses: cross-entropy on the response of a vision-language model, and flow matching for a diffusers pipeline.
 The file opens with two ruled blocks that dpo.py and grpo.py import: the toolbox (processes, LoRA, optimizers, checkpoints, log)
@@ -187,9 +188,11 @@ class TokenLogps(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
-def token_logps(hidden, head, targets):
-    """Log-probabilities (nats) of the tokens `targets` (N,), from the hidden states (N, H) before them and the model's output layer."""
-    device = hidden.device.type
+def token_logps(model, hidden, targets):
+    """Log-probabilities (nats) of the tokens `targets` (N,), by the model's output layer from the hidden states (N, H) before them."""
+    device, head, config = hidden.device.type, model.get_output_embeddings(), model.config.get_text_config()
+    if bent := [name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, name, None) not in (None, 1, 1.0)]:
+        raise ValueError(f"{type(model).__name__} bends its logits ({bent[0]}), which token_logps leaves out")
     if type(head) is not nn.Linear or head.bias is not None:
         raise ValueError(f"the output layer is {head}; expected a plain nn.Linear without bias. Keep adapters off it")
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
@@ -346,13 +349,17 @@ def prepare_training(model, ranks, lora_rank=0, lora_alpha=None, lora_targets=""
         model.enable_gradient_checkpointing()
     for block in blocks(model) if compile else []:
         block.compile()
+    if not (fsdp and ranks.world > 1):                                          # FSDP moves the shards alone
+        model.to(ranks.device)
     shard(model.train(), ranks, fsdp, bf16)
     model.to(ranks.device)
 
 
 def has_bf16():
     """Whether this machine multiplies in bfloat16 natively: a GPU, or a CPU that says so."""
-    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
 
 def peak_gib():
@@ -430,6 +437,9 @@ def load_checkpoint(run, params, optimizers, args, ranks):
     """Restore the newest checkpoint of `run` and return its step, 0 where there is none yet; ValueError if it is damaged or belongs to
     other weights, options or ranks, naming what differs."""
     folders = sorted(f for f in (os.listdir(run) if os.path.isdir(run) else []) if f.startswith("step_"))
+    found = set(gather([folders[-1] if folders else None], ranks))
+    if len(found) > 1:
+        raise ValueError(f"--resume: ranks see different checkpoints in {run}: {found}. --out must lie on a disk that all nodes share")
     if not folders:
         if ranks.rank == 0:
             print(f"--resume: no checkpoint in {run} yet, starting from the first step", flush=True)
@@ -448,7 +458,7 @@ def load_checkpoint(run, params, optimizers, args, ranks):
                if saved["args"].get(k) != v and k not in ("resume", "out", "save_every", "eval_every")]
     if differs:
         raise ValueError(f"--resume: {folder} was made with other options: {', '.join(differs)}")
-    state = torch.load(files["state.pt"], map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(files["state.pt"], map_location="cpu", weights_only=True)
     if len(state["rng"]) != ranks.world:
         raise ValueError(f"--resume: {folder} was made by {len(state['rng'])} ranks, these are {ranks.world}: start as many")
     with torch.no_grad(), safe_open(files["weights.safetensors"], "pt") as weights:
@@ -615,9 +625,9 @@ def install(pipe, cache_size=8):
 
     def prepare_latents(*args, **kwargs):
         out = stock_latents(*args, **kwargs)
-        if tap.x is None:
-            return out
-        return (tap.x, *out[1:]) if isinstance(out, tuple) else tap.x
+        first, *rest = out if isinstance(out, tuple) else [out]
+        first = first.float() if tap.x is None else tap.x                      # pipelines round timesteps to the latents' type
+        return (first, *rest) if isinstance(out, tuple) else first
 
     @torch.no_grad()
     def encode_once(*args, **kwargs):
@@ -675,9 +685,9 @@ def prepare(pipe, device):
     return install(pipe.to(device))
 
 
-def load_pipeline(path, device):
-    """The diffusers pipeline in a folder or hub repository, prepared."""
-    return prepare(diffusers.DiffusionPipeline.from_pretrained(path), device)
+def load_pipeline(path, device, dtype=torch.float32):
+    """The diffusers pipeline in a folder or hub repository, prepared, all its parts in `dtype`."""
+    return prepare(diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype), device)
 
 
 def denoisers(pipe):
@@ -741,11 +751,13 @@ def parse_args(argv=None):
     add("--data", default="toy", help="JSONL of traces (judge) or captioned images (generator); toy: made as needed")
     add("--eval-data", default="toy:test", help="JSONL of pairs (judge) or prompts (generator) that are not trained on")
     add("--eval-num", type=int, help="records of it that are used  [judge 400, generator 256]")
+    add("--judge-batch", type=int, help="pairs judged at a time  [200, where verdicts are long 16]")
     add("--data-num", type=int, default=16000, help="toy images rendered for the generator")
     add("--max-tokens", type=int, default=8192, help="a longer record is refused, never cut")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
     # generator
-    add("--pipe-arg", type=pipe_arg, nargs="*", default=[], help="key=value for the pipeline's call, as height=512 num_inference_steps=28")
+    add("--pipe-arg", type=pipe_arg, nargs="*", default=[], help="key=value for the pipeline's call, as height=512; with classifier-free guidance "
+        "add guidance_scale=1, or the guided velocity is trained")
     add("--sigma-mean", type=float, default=1.5, help="noise levels are sigmoid(N(this, 1))")
     # lora
     add("--lora-rank", type=int, default=0, help="0: all weights are trained")
@@ -779,6 +791,7 @@ def parse_args(argv=None):
     defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=1200 if judge else 750, batch_size=16 if judge else 128, eval_num=400 if judge else 256,
                     out=f"out/{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
                     max_new_tokens=256 if args.model == "toy" else 2048)
+    defaults["judge_batch"] = 200 if (args.max_new_tokens or defaults["max_new_tokens"]) <= 256 else 16
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -795,7 +808,7 @@ def response_loss(model, batch):
     batch = dict(batch)
     targets = batch.pop("labels")[:, 1:]                                        # position t predicts token t + 1
     hidden = getattr(model, model.base_model_prefix)(**batch, use_cache=False).last_hidden_state[:, :-1]
-    return -token_logps(hidden[targets != -100], model.get_output_embeddings(), targets[targets != -100]).sum()
+    return -token_logps(model, hidden[targets != -100], targets[targets != -100]).sum()
 
 
 class Judge:
@@ -830,7 +843,7 @@ class Judge:
         """Numbers on held-out pairs, and verdict.png: one verdict next to its two images."""
         pairs = open_records(self.args.eval_data, "pair", self.args.eval_num, 1)
         pairs = [pairs[i] for i in range(min(len(pairs), self.args.eval_num))]
-        judge = LocalJudge(out / "model", batch_size=200, max_new_tokens=self.args.max_new_tokens)
+        judge = LocalJudge(out / "model", batch_size=self.args.judge_batch, max_new_tokens=self.args.max_new_tokens)
         result = evaluate_judge(judge, [comparison(p) for p in pairs], [WINNERS[p["winner"]] for p in pairs], random.Random(0))
         shown = comparison(pairs[0], swap=result["flipped"][0])
         draw_verdict(shown.media_1 + shown.media_2, [format_verdict(result["verdicts"][0], shown.prompt)], out / "verdict.png")
@@ -864,7 +877,8 @@ class Generator:
             args.pipe_arg = {**toy_models().PIPE_ARGS, **args.pipe_arg}
         else:
             know_toy_classes(args.model)
-            self.pipe = load_pipeline(args.model, ranks.device)
+            half = ranks.device.type == "cuda" and args.bf16 and (args.lora_rank or args.adapter)
+            self.pipe = load_pipeline(args.model, ranks.device, torch.bfloat16 if half else torch.float32)
         self.modules, self.args = {f"{name}.": module for name, module in denoisers(self.pipe).items()}, args
         self.records = open_records(args.data, "image", args.data_num, args.seed, args.skip_bad)
         self.records = [self.records[i] for i in range(len(self.records))]
@@ -892,7 +906,7 @@ class Generator:
         prompts = [prompts[i] for i in range(min(len(prompts), self.args.eval_num))]
         know_toy_classes(out / "model")
         pipe = load_pipeline(out / "model", self.pipe.device)
-        images = [frames[0] for frames in sample_media(pipe, [p["prompt"] for p in prompts], range(len(prompts)), **self.args.pipe_arg)]
+        images = [frames[0] for frames in sample_media(pipe, [p["prompt"] for p in prompts], range(len(prompts)), self.args.batch_size, **self.args.pipe_arg)]
         draw_grid([images[i:i + 8] for i in range(0, min(len(images), 64), 8)], out / "samples.png")
         return toy_world().truth(prompts, images) if "toy_prompt" in prompts[0] else {}
 

@@ -80,7 +80,7 @@ def test_first_loss_is_ln2_and_resume_is_exact(lora, judge_folder, tmp_path, cap
 def test_traces_are_sampled_ranked_and_kept(judge_folder, tmp_path, monkeypatch):
     """From pairs: the judge (here one that always prefers the first image, in two wordings) writes, ranks and leaves a file."""
     answers = iter([GOOD, GOOD.replace('"score_2":3', '"score_2":1')] * 8)
-    judge = lambda comparisons, temperature, progress: [next(answers) for _ in comparisons]
+    judge = lambda comparisons, temperature: [next(answers) for _ in comparisons]
     args = dpo.parse_args(["--data-num", "8", "--num-traces", "2", "--out", str(tmp_path)])
     found = dpo.sample_preferences(args, judge, sft.start_ranks())
     pairs = data.open_records("toy", "pair", 8, 0)

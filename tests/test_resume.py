@@ -18,10 +18,13 @@ from test_sft import SMALL, preferences, rows, weights
 MEASURED = ("records_per_s", "peak_gib")             # of this machine at that time
 
 
-def start(command, ranks):
+def start(command, ranks, out):
+    """The process, its output in out.txt beside its folder `out`."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return subprocess.Popen([sys.executable, *torchrun, *command], cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    with open(f"{out}.txt", "w") as log:
+        return subprocess.Popen([sys.executable, *torchrun, *command, "--out", str(out), "--resume"], cwd=ROOT, env=env, start_new_session=True,
+                                stdout=log, stderr=log)
 
 
 def state_of(out):
@@ -44,24 +47,23 @@ def same(a, b):
 def kill_and_resume(command, out, kills, ranks=1, seed=0):
     """Run the command into out/whole and, killed so many times after a random part of a second of training, into out/killed; returns
     the moments of the kills: the last step logged, and whether a save was open."""
-    assert start([*command, "--out", f"{out}/whole"], ranks).wait() == 0
     rng, moments, killed = random.Random(seed), [], Path(out, "killed")
+    assert start(command, ranks, Path(out, "whole")).wait() == 0, Path(out, "whole.txt").read_text()[-2000:]
 
     def steps():                                     # that the log has seen; its last line may be torn
         return (killed / "log.jsonl").read_text().count('\n{"step"') if (killed / "log.jsonl").exists() else 0
 
     while len(moments) < kills:
-        before, process = steps(), start([*command, "--out", str(killed), "--resume"], ranks)
+        before, process = steps(), start(command, ranks, killed)
         while process.poll() is None and steps() <= before:
             time.sleep(.01)
         time.sleep(rng.random() * .4)
         if process.poll() is not None:
-            raise AssertionError(f"the run ended before kill {len(moments) + 1}: {process.stderr.read().decode()[-2000:]}")
+            raise AssertionError(f"the run ended before kill {len(moments) + 1}: {Path(out, 'killed.txt').read_text()[-2000:]}")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         moments.append((steps(), (killed / "aside").exists()))
-    last = start([*command, "--out", str(killed), "--resume"], ranks)
-    assert last.wait() == 0, last.stderr.read().decode()[-2000:]
+    assert start(command, ranks, killed).wait() == 0, Path(out, "killed.txt").read_text()[-2000:]
     return moments
 
 

@@ -196,9 +196,15 @@ def test_token_logps_and_gradients_equal_log_softmax(trained_head):
         torch.testing.assert_close(a, b)
 
 
-def test_an_output_layer_with_an_adapter_is_refused():
+def test_output_layers_that_do_more_are_refused(judge_folder):
+    model, hidden, targets = AutoModelForImageTextToText.from_pretrained(judge_folder), torch.randn(2, 32), torch.tensor([1, 2])
+    model.config.get_text_config().final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="bends its logits .final_logit_softcapping"):
+        sft.token_logps(model, hidden, targets)
+    model.config.get_text_config().final_logit_softcapping = None
+    add_lora(model, 2, 2, "lm_head$")
     with pytest.raises(ValueError, match="Keep adapters off it"):
-        sft.token_logps(torch.randn(2, 4), sft.LoRALinear(torch.nn.Linear(4, 9), 2, 2), torch.tensor([1, 2]))
+        sft.token_logps(model, hidden, targets)
 
 
 def test_gradient_checkpointing_changes_no_number(judge_folder, tmp_path):
