@@ -189,7 +189,7 @@ def test_grpo_counts_a_flaky_judge_and_stops_at_a_dead_one(generator_folder, tmp
         with pytest.raises(SystemExit, match="(?s)more than --max-parse-fail 0.1.*HTTP 400: no"):
             run_grpo(generator_folder, url, tmp_path / "strict", *options, "--max-parse-fail", ".1")
         (tmp_path / "mute.py").write_text("mute = lambda media, prompts: [float('nan')] * len(media)\n")
-        with pytest.raises(SystemExit, match="(?s)6 of 6 scores are unscored.*has no value for 6 of 6 images"):
+        with pytest.raises(SystemExit, match="(?s)6 of 6 scores are unscored.*has no value for 6 of 6 samples"):
             run_grpo(generator_folder, url, tmp_path / "mute", *options, "--reward", f"{tmp_path}/mute.py:mute", "--max-parse-fail", ".5")
     with pytest.raises(SystemExit, match="grpo.py: no judge answers: .*refused"):
         run_grpo(generator_folder, url, tmp_path / "dead", *options)

@@ -1,4 +1,5 @@
 """kill -9 at any moment, a save too, and --resume: the run ends as if nothing had happened. tests/bench_resume.py kills more often."""
+import contextlib
 import json
 import os
 import random
@@ -62,6 +63,10 @@ def kill_and_resume(command, out, kills, ranks=1, seed=0):
             raise AssertionError(f"the run ended before kill {len(moments) + 1}: {Path(out, 'killed.txt').read_text()[-2000:]}")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        for entry in Path("/proc").glob("[0-9]*/cmdline") if ranks > 1 else []:             # torchrun's workers are in sessions of their own
+            with contextlib.suppress(OSError):
+                if str(killed).encode() in entry.read_bytes():
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
         moments.append((steps(), (killed / "aside").exists()))
     assert start(command, ranks, killed).wait() == 0, Path(out, "killed.txt").read_text()[-2000:]
     return moments
