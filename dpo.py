@@ -125,7 +125,8 @@ def response_logps(model, batch):
     logps = token_logps(model, hidden[row, before], targets[row, at])
     num = len(targets) if shared else len(targets) // 2
     side = segments[row, at] - 1 if shared else row // num                      # 0 chosen, 1 rejected
-    out = torch.zeros(2, num, device=logps.device).index_put((side, row % num), logps, accumulate=True)
+    logps = logps.double()                                                      # thousands of nats, of which small differences count
+    out = logps.new_zeros(2, num).index_put((side, row % num), logps, accumulate=True)
     return out, torch.zeros_like(out).index_put((side, row % num), torch.ones_like(logps), accumulate=True)
 
 
@@ -212,7 +213,7 @@ def main(argv=None):
         shares = [range(len(records))[i:i + args.batch_size] for i in range(0, len(records), args.batch_size)]
         rounds = [shares[(i + ranks.rank) % len(shares)] for i in range(0, len(shares), ranks.world)]
         found = [(list(part), reference_logps([records[i] for i in part]).cpu()) for part in tqdm(rounds, desc="reference", disable=ranks.rank > 0)]
-        ref_table = torch.empty(2, len(records))
+        ref_table = torch.empty(2, len(records), dtype=torch.float64)
         for part, values in gather(found, ranks):
             ref_table[:, part] = values
     optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)

@@ -46,7 +46,7 @@ def test_logps_are_minus_cross_entropy_per_token(shared, judge_folder):
         for b in range(3):
             steps = [(t - 1, batch["labels"][b, t]) for t in range(1, logits.shape[1]) if batch["labels"][b, t] != -100]
             expected = sum(-torch.nn.functional.cross_entropy(logits[b, t], y) for t, y in steps)
-            torch.testing.assert_close(logps[k, b], expected, atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(logps[k, b].float(), expected, atol=1e-3, rtol=1e-4)
             assert lengths[k, b] == len(steps)
 
 
