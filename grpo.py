@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from data import batch_indices, know_toy_classes, open_records, toy_models, toy_world
-from reward import (Comparison, Failure, asks_judge, blend_advantages, find_judge, group_advantages, normalize, open_judge, open_rewards, parse_verdict, reward_values,
-                    schedule_pairs, win_rates)
+from reward import (Comparison, Failure, asks_judge, blend_advantages, find_judge, group_advantages, normalize, open_judge, open_rewards,
+                    parse_verdict, reward_values, schedule_pairs, win_rates)
 # toolbox and driver from sft.py; paste those blocks here to stand alone
 from sft import (Done, Log, adapters_off, denoisers, draw_curves, draw_grid, frames_of, gather, generator, load_checkpoint, load_pipeline,
                  make_optimizers, optimizer_step, peak_gib, pipe_arg, prepare_training, run, sample_media, save_adapter, save_checkpoint, save_pipeline,
@@ -394,8 +394,8 @@ def main(argv=None):
         worst = max(gather([worst], ranks))
         row = {k: total(v, ranks) / num_images for k, v in stats.items()}
         decided, asked = max(counts["decided"], 1), max(counts["verdicts"], 1)
-        row.update(max_ratio_error=worst, undecided=counts["undecided"] / asked, judge_failures=counts["failures"] / asked, unscored=counts["unscored"], ties=counts["ties"] / asked,
-                   first_position_share=counts["first_wins"] / decided, dead_groups=counts["dead"] / per_step,
+        row.update(max_ratio_error=worst, undecided=counts["undecided"] / asked, judge_failures=counts["failures"] / asked,
+                   unscored=counts["unscored"], ties=counts["ties"] / asked, first_position_share=counts["first_wins"] / decided, dead_groups=counts["dead"] / per_step,
                    **{name: value / num_images for name, value in counts.items() if name.startswith("reward/")})
         if step == first and ranks.rank == 0:
             print(f"max |ratio - 1| at the first update: {worst:.3g}", flush=True)

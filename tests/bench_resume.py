@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import conftest
+import conftest  # paths
 import toy_models
 from test_resume import kill_and_resume, same, state_of
 from test_sft import SMALL

@@ -1,6 +1,5 @@
 """Judges of several families, tiny and random, from their own configs, through SFT and DPO: image and video, LoRA and full."""
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, decoders
 import data
 import dpo
 import sft
-from reward import LocalJudge, load_processor, without_video
+from reward import LocalJudge, without_video
 from test_sft import rows
 
 CHAT = """{%- for m in messages -%}<|im_start|>{{ m['role'] + '\n' }}{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}IMAGE

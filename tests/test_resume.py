@@ -1,6 +1,5 @@
 """kill -9 at any moment, a save too, and --resume: the run ends as if nothing had happened. tests/bench_resume.py kills more often."""
 import contextlib
-import json
 import os
 import random
 import signal
