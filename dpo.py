@@ -179,6 +179,7 @@ def main(argv=None):
     judge = LocalJudge(args.model, template=template, batch_size=args.judge_batch, max_new_tokens=args.max_new_tokens)
     before = evaluate(judge) if ranks.rank == 0 else None
     records = read_records(args.data, "preference", args.skip_bad) if ready else sample_preferences(args, judge, ranks)
+    del judge                                                                   # its memory is the training's now
     torch.manual_seed(args.seed)
     lora = args.lora_rank or args.adapter
     half = ranks.device.type == "cuda" and args.bf16 and lora                   # what LoRA freezes is bfloat16, what trains float32

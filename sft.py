@@ -962,6 +962,7 @@ def main(argv=None):
         draw_curves(log.rows, task.curves, Path(args.out, "curves.png"))
         result = task.evaluate(Path(args.out)) if merged else {}
         log.write(**result)
+        print("\n".join(f"  {k:22s} {v:.3f}" for k, v in result.items()))
         print(f"model, log.jsonl and pictures are in {args.out}/")
 
 

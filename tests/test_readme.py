@@ -51,7 +51,10 @@ def test_the_toy_commands_run_in_order(tmp_path, monkeypatch, capsys):
     assert {"judge-sft", "judge-dpo", "generator-sft", "grpo"} <= {p.name for p in (tmp_path / "out").iterdir()}
     for picture in ("judge-sft/verdict.png", "judge-dpo/verdict.png", "generator-sft/samples.png", "grpo/before_after.png"):
         assert Image.open(tmp_path / "out" / picture).size[0] > 100
-    assert "max |ratio - 1| at the first update: 0\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "max |ratio - 1| at the first update: 0\n" in said
+    for summary in ("  winner_accuracy  ", "  true_spatial  ", "held-out pairs ", "held-out samples "):          # each stage closes with its numbers
+        assert summary in said, summary
 
 
 def test_every_command_parses():
