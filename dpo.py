@@ -191,7 +191,6 @@ def main(argv=None):
     if not lora and not args.precompute_ref:
         reference = copy.deepcopy(model).requires_grad_(False).eval()
         shard(reference, ranks, args.fsdp, args.bf16)
-        reference.to(ranks.device)
     prepare_training(model, ranks, args.lora_rank, args.lora_alpha, args.lora_targets, args.adapter, args.freeze, args.grad_ckpt,
                      args.compile, args.fsdp, args.bf16)
     params = trainable(model)

@@ -111,15 +111,17 @@ def blocks(model):
 
 
 def shard(model, ranks, fsdp=False, bf16=False):
-    """The sharding hook. By default every rank keeps a whole copy, made equal to rank 0's, and sync_gradients sums the gradients (DDP).
+    """The sharding hook; the model comes out on its device. By default every rank keeps a whole copy, made equal to rank 0's, and
+    sync_gradients sums the gradients (DDP).
 
     With fsdp, FSDP2: each block's weights lie split over the ranks, are gathered (in bfloat16 with bf16) while the block computes,
     and gradients are summed in float32. Ranks must have built equal models.
     """
-    if ranks.world > 1 and not fsdp:
-        for p in model.parameters():
+    if not fsdp or ranks.world == 1:
+        model.to(ranks.device)
+        for p in model.parameters() if ranks.world > 1 else []:
             dist.broadcast(p.data, 0)
-    if fsdp and ranks.world > 1:
+    else:
         # inputs stay float32: in bfloat16 a timestep of 999 would be 1000; autocast casts what may be cast
         policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
         for part in [*blocks(model), model]:
@@ -128,6 +130,7 @@ def shard(model, ranks, fsdp=False, bf16=False):
             part.set_force_sum_reduction_for_comms(True)
         model.enter = lambda function, *args: function(model, *args)
         register_fsdp_forward_method(model, "enter")
+        model.to(ranks.device)                                                  # what is no parameter; shards are there already
 
 
 def enter(model, function, *args):
@@ -349,10 +352,7 @@ def prepare_training(model, ranks, lora_rank=0, lora_alpha=None, lora_targets=""
         model.enable_gradient_checkpointing()
     for block in blocks(model) if compile else []:
         block.compile()
-    if not (fsdp and ranks.world > 1):                                          # FSDP moves the shards alone
-        model.to(ranks.device)
     shard(model.train(), ranks, fsdp, bf16)
-    model.to(ranks.device)
 
 
 def has_bf16():
