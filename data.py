@@ -7,7 +7,8 @@ A file holds one JSON object a line. Paths in it are relative to the file.
     pair         {"prompt", "images": [first, second], "winner": "Image 1" | "Image 2" | "Tie"}      (or "videos", "Video 1" ...)
     trace        {"prompt", "images", "response"}                     the verdict to imitate; with "instruction": any other task
     preference   {"prompt", "images", "chosen", "rejected"}           two verdicts on the same pair
-    prompt       {"prompt"}                                           for generators; a .txt file or a .csv column "prompt" as well
+    prompt       {"prompt"}                                           for generators; a .txt file or a .csv column "prompt" as well;
+                                                                      "source": an image to edit or animate
     image        {"prompt", "images": [one]}                          a captioned image for a base generator
 A video is an mp4, a GIF or a folder of frames. Legend: B records, T tokens.
 """
@@ -54,6 +55,9 @@ def check_record(record, kind, where, folder=Path()):
         record[name] = [folder / m if isinstance(m, str) else m for m in media]
         for path in record[name]:
             expect(not isinstance(path, Path) or path.exists(), f"{path} does not exist", "Paths are relative to the JSONL file.")
+    if isinstance(record.get("source"), str):
+        record["source"] = folder / record["source"]
+        expect(record["source"].exists(), f"{record['source']} does not exist", "Paths are relative to the JSONL file.")
     return {**record, "where": where}
 
 

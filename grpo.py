@@ -12,18 +12,19 @@ import argparse
 import math
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from data import batch_indices, know_toy_classes, open_records, toy_models, toy_world
-from reward import (Comparison, Failure, asks_judge, blend_advantages, find_judge, group_advantages, normalize, open_judge, open_rewards,
-                    parse_verdict, reward_values, schedule_pairs, win_rates)
+from reward import (Comparison, Failure, asks_judge, blend_advantages, find_judge, group_advantages, load_media, normalize, open_judge,
+                    open_rewards, parse_verdict, reward_values, schedule_pairs, win_rates)
 # toolbox and driver from sft.py; paste those blocks here to stand alone
 from sft import (Done, Log, adapters_off, denoisers, draw_curves, draw_grid, frames_of, gather, generator, load_checkpoint, load_pipeline,
-                 make_optimizers, optimizer_step, peak_gib, pipe_arg, prepare_training, run, sample_media, save_adapter, save_checkpoint, save_pipeline,
-                 save_whole, seeded_noise, set_lr, start_ranks, total, trainable, velocity)
+                 make_optimizers, optimizer_step, peak_gib, pipe_arg, prediction_type, prepare_training, run, sample_media, save_adapter,
+                 save_checkpoint, save_pipeline, save_whole, seeded_noise, set_lr, start_ranks, total, trainable, velocity)
 
 
 def parse_args(argv=None):
@@ -37,7 +38,8 @@ def parse_args(argv=None):
     add("--data-num", type=int, default=4000, help="toy prompts to draw from")
     add("--eval-data", default="toy:test", help="prompts that are not trained on")
     add("--eval-num", type=int, default=1024, help="samples of the evaluations before and after")
-    add("--eval-every", type=int, default=16, help="steps between small evaluations; 0: only before and after")
+    add("--eval-every", type=int, default=16, help="steps between small evaluations with a sheet of samples; 0: only before and after")
+    add("--watch", help="rewards measured on held-out samples beside the one that is trained on, as clip or FILE.py:function")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
     # generator
     add("--pipe-arg", type=pipe_arg, nargs="*", default=[], help="key=value for the pipeline's call, as height=512 num_inference_steps=15")
@@ -78,14 +80,15 @@ def parse_args(argv=None):
     add("--weight-decay", type=float, default=0.0)
     add("--warmup-steps", type=int, default=10)
     add("--max-steps", type=int, default=64, help="rollouts, each followed by one optimizer step")
-    add("--batch-size", type=int, default=12, help="prompts per rank per rollout call and micro-step")
-    add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
+    add("--num-prompts", type=int, default=12, help="prompts per step, over all ranks; a group may lie on several")
+    add("--batch-size", type=int, default=96, help="images per rank per rollout call and micro-step: what memory allows")
     add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
     # run
     add("--bf16", action=flag, default=False, help="autocast the generator to bfloat16; the ratio is then 1 only nearly")
     add("--fsdp", action=flag, default=False, help="split weights, gradients and optimizer over the ranks (FSDP2) instead of copying them")
     add("--grad-ckpt", action=flag, default=False, help="gradient checkpointing: less memory, a third more time")
     add("--compile", action=flag, default=False, help="torch.compile each block")
+    add("--park-encoders", action=flag, default=False, help="text encoders wait on the CPU while nothing is encoded")
     add("--seed", type=int, default=0)
     add("--out", default="out/grpo", help="run folder")
     add("--save-every", type=int, default=20, help="steps between checkpoints")
@@ -141,7 +144,7 @@ def log_prob(x, mean, std):
     return (-(x.float() - mean) ** 2 / (2 * std ** 2) - std.log() - .5 * math.log(2 * math.pi)).flatten(1).mean(1)
 
 
-def rollout(pipe, prompts, seeds, args, step=0, **kwargs):
+def rollout(pipe, prompt, seeds, args, step=0, **kwargs):
     """(media, trajectory) of B prompts: a list of frames each; x (S + 1 tensors of B latents, the last one clean), means and noise of the
     steps, sigmas (S+1,), and which steps are to be trained.
 
@@ -163,7 +166,7 @@ def rollout(pipe, prompts, seeds, args, step=0, **kwargs):
         return after
 
     generators = [generator(*(seed[:-1] if args.shared_noise else seed)) for seed in seeds]
-    media = frames_of(run(pipe, visit, prompt=prompts, generator=generators, **{"output_type": "pil", **kwargs}))
+    media = frames_of(run(pipe, visit, prompt=prompt, generator=generators, **{"output_type": "pil", **kwargs}))
     return media, dict(x=xs, means=means, noises=noises, sigmas=pipe.scheduler.sigmas.to(xs[0].device), steps=window(args, len(means), step)[1],
                        seeds=seeds, step=step)
 
@@ -261,59 +264,90 @@ def accumulate_nft(pipe, trajectory, advantages, args, scale, **kwargs):
 
 # ---------------------------------------------------------------- the reward
 
-def judge_groups(judge, rewards, prompts, media, rngs, args):
-    """(advantages (B,), counts, an undecided text or none) of B = P G media, G of a prompt in a row. Each group's pairs are scheduled
-    by its own rng and all are judged in one batch; undecided verdicts count for nobody. Further rewards are normalised inside their
-    group and blended in by weight.
+def ask_rewards(judge, rewards, questions, samples):
+    """What judge and further rewards say, as (kind, number, answer), and how many seconds they took: ("flex", pair, Verdict) for `questions`,
+    [(pair, Comparison), ...], and (name, sample, value) for `samples`, [(sample, medium, prompt), ...]. Runs beside the next rollout."""
+    began, answers = time.time(), []
+    if questions:
+        numbers, comparisons = zip(*questions)
+        answers += [("flex", number, parse_verdict(text)) for number, text in zip(numbers, judge(comparisons))]
+    for reward in rewards if samples else []:
+        if reward[2]:
+            numbers, media, prompts = map(list, zip(*samples))
+            answers += [(reward[1], *found) for found in zip(numbers, reward_values(reward, media, prompts).tolist())]
+    return answers, time.time() - began
+
+
+def sample_advantages(pairs, answers, rewards, num_samples, args):
+    """(advantages (N,), counts, an undecided text or none) of N samples, G of a prompt in a row, from {(kind, number): answer} of ask_rewards;
+    groups that are not answered yet get no advantage that means anything. Undecided verdicts count for nobody. Further rewards are normalised
+    inside their group and blended in by weight.
 
     counts: verdicts, undecided (failures, questions without an answer, among them), ties, first_wins, decided, dead (groups without a
     signal), scores, unscored (NaN, which counts for nobody), and the sums of further rewards.
     """
     G, parts, bad = args.group_size, [], []
-    groups = [k for k in range(len(rngs)) for _ in range(G)]
+    groups = [n // G for n in range(num_samples)]
     counts = dict.fromkeys(("verdicts", "undecided", "failures", "ties", "first_wins", "decided", "scores", "unscored"), 0)
     for weight, name, function in rewards:
         if function:
-            values = reward_values((weight, name, function), media, prompts)
+            values = torch.tensor([answers.get((name, n), math.nan) for n in range(num_samples)])
             parts.append((weight, normalize(values, groups)))
             counts[f"reward/{name}"] = values.nansum().item()
             missing = int(values.isnan().sum())
             counts["scores"], counts["unscored"] = counts["scores"] + len(values), counts["unscored"] + missing
             bad += [f"reward {name} has no value for {missing} of {len(values)} samples"] * (missing > 0)
             continue
-        pairs = [(k * G + i, k * G + j) for k, rng in enumerate(rngs) for i, j in schedule_pairs(G, args.pairs, rng, args.both_orders)]
-        verdicts = [parse_verdict(text) for text in judge([Comparison(prompts[i], media[i], media[j]) for i, j in pairs])]
-        rates = win_rates(pairs, verdicts, len(media), len(args.category_weights) > 3, dict(zip("ABCD", args.category_weights)))
+        asked = [(pair, answers["flex", number]) for number, pair in enumerate(pairs) if ("flex", number) in answers]
+        met, verdicts = zip(*asked) if asked else ([], [])
+        rates = win_rates(met, verdicts, num_samples, len(args.category_weights) > 3, dict(zip("ABCD", args.category_weights)))
         parts.append((weight, group_advantages(rates, args.alpha, groups, std_floor=args.std_floor)))
         undecided = [verdict.text for verdict in verdicts if verdict.winner is None]
         bad += undecided
-        counts.update(verdicts=len(pairs), undecided=len(undecided), failures=sum(isinstance(text, Failure) for text in undecided),
+        counts.update(verdicts=len(verdicts), undecided=len(undecided), failures=sum(isinstance(text, Failure) for text in undecided),
                       ties=rates.num_ties, first_wins=rates.first_position_wins, decided=rates.num_decided)
     advantages = blend_advantages(parts).float().clamp(-args.adv_clip, args.adv_clip)
-    counts["dead"] = sum((advantages[k * G:(k + 1) * G] == 0).all().item() for k in range(len(rngs)))
+    counts["dead"] = sum((advantages[k:k + G] == 0).all().item() for k in range(0, num_samples, G))
     return advantages, counts, bad[:1]
 
 
 # ---------------------------------------------------------------- the loop
 
+def source_images(records):
+    """{"image": [...]} for the pipeline's call, where prompt records carry a source image that is to be edited or animated, else nothing."""
+    return {"image": [load_media(record["source"])[0] for record in records]} if "source" in records[0] else {}
+
+
+def draw_samples(media, path, columns=12):
+    """A sheet of samples, of a video its middle frame."""
+    draw_grid([[frames[len(frames) // 2] for frames in media[i:i + columns]] for i in range(0, len(media), columns)], path)
+
+
 def main(argv=None):
     args, ranks = parse_args(argv), start_ranks()
     if min(args.eta, args.sde_steps, args.eval_num) <= 0:
         raise SystemExit("--eta, --sde-steps and --eval-num must be above 0: without noise a group's images are equal")
-    asks = asks_judge(args.reward)
+    asks = any(map(asks_judge, filter(None, [args.reward, args.watch])))
     for folder, command in [(args.model, "python sft.py --task generator")] + [(args.judge or "out/", "python sft.py")] * asks:
         if folder.startswith("out/") and not Path(folder).exists():
             raise SystemExit(f"{folder} is not there yet. Make it first: {command}")
     try:
         args.judge = args.judge or (str(find_judge()) if asks else None)
         judge = open_judge(args.judge, args.max_new_tokens, batch_size=args.judge_batch) if args.judge else None
-        rewards = open_rewards(args.reward, judge)
+        rewards, watched = open_rewards(args.reward, judge), open_rewards(args.watch, judge) if args.watch else []
+        if any(name == "flex" for _, name, _ in watched):
+            raise ValueError("--watch flex: it takes rewards that give each sample a number; the judge's win rate is measured anyway")
     except ValueError as error:
         raise SystemExit(f"grpo.py: {error}") from None
     torch.manual_seed(args.seed)
     know_toy_classes(args.model)
     half = ranks.device.type == "cuda" and args.bf16 and args.lora_rank         # what LoRA freezes is bfloat16, what trains float32
-    pipe = load_pipeline(args.model, ranks.device, torch.bfloat16 if half else torch.float32)
+    try:
+        pipe = load_pipeline(args.model, ranks.device, torch.bfloat16 if half else torch.float32, args.park_encoders)
+        if prediction_type(pipe) != "flow":
+            raise ValueError(f"{args.model} predicts {prediction_type(pipe)}; the stochastic sampler needs a flow-matching pipeline")
+    except ValueError as error:
+        raise SystemExit(f"grpo.py: {error}") from None
     records = open_records(args.data, "prompt", args.data_num, args.seed, args.skip_bad)
     if args.data.split(":")[0] == "toy":
         args.pipe_arg = {**toy_models().PIPE_ARGS, **args.pipe_arg}
@@ -323,20 +357,32 @@ def main(argv=None):
                          bf16=args.bf16)
     params = {prefix + name: p for prefix, module in modules.items() for name, p in trainable(module).items()}
     optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
-    per_step = args.batch_size * args.accumulation * ranks.world                # prompts
-    num_images = per_step * args.group_size
-    if per_step > len(records):
-        raise SystemExit(f"a step takes {per_step} prompts and {args.data} holds {len(records)}: the same one twice would give the same images")
+    G, num_samples = args.group_size, args.num_prompts * args.group_size
+    if args.num_prompts > len(records):
+        raise SystemExit(f"a step takes {args.num_prompts} prompts and {args.data} holds {len(records)}: the same one twice would give the same images")
+    share = math.ceil(num_samples / ranks.world)                                # samples of a rank; the last one's surplus repeats some with weight 0
+    mine = range(ranks.rank * share, (ranks.rank + 1) * share)
+    chunks = [mine[i:i + args.batch_size] for i in range(0, share, args.batch_size)]
+    split = {k for k in range(args.num_prompts) if k * G // share < (k * G + G - 1) // share}               # groups that lie on several ranks
+    lag = len(chunks) if split else math.ceil((G - 1) / args.batch_size) * (args.batch_size % G > 0)        # chunks until a chunk's groups are whole
+    thread = ThreadPoolExecutor(1)                                              # for the judge
     pipe_args = dict(autocast=torch.bfloat16 if args.bf16 else None, **args.pipe_arg)
 
     def evaluate(num, seed):
         """(numbers, media, records) of `num` samples of held-out prompts by the ODE, the work split over ranks; noise depends on seed."""
         held_out = open_records(args.eval_data, "prompt", num, seed)
         held_out = [held_out[i] for i in range(min(len(held_out), num))]
-        mine = [i % len(held_out) for i in range(ranks.rank, math.ceil(len(held_out) / ranks.world) * ranks.world, ranks.world)]    # equally many
-        media = sample_media(pipe, [held_out[i]["prompt"] for i in mine], [seed * 1_000_003 + i for i in mine], args.batch_size * args.group_size, **pipe_args)
-        media = [frames for _, frames in sorted(dict(gather(zip(mine, media), ranks)).items())]
-        return (toy_world().truth(held_out, [frames[0] for frames in media]) if "toy_prompt" in held_out[0] else {}), media, held_out
+        own = [i % len(held_out) for i in range(ranks.rank, math.ceil(len(held_out) / ranks.world) * ranks.world, ranks.world)]    # equally many
+        media = sample_media(pipe, [held_out[i]["prompt"] for i in own], [seed * 1_000_003 + i for i in own], args.batch_size,
+                             **source_images([held_out[i] for i in own]), **pipe_args)
+        found = dict(gather(zip(own, media), ranks))
+        media = [found[i] for i in range(len(held_out))]
+        numbers = toy_world().truth(held_out, [frames[0] for frames in media]) if "toy_prompt" in held_out[0] else {}
+        for reward in watched:
+            own = range(ranks.rank, len(media), ranks.world)
+            values = reward_values(reward, [media[i] for i in own], [held_out[i]["prompt"] for i in own])
+            numbers[reward[1]] = total(values.nansum().item(), ranks) / max(total((~values.isnan()).sum().item(), ranks), 1)
+        return numbers, media, held_out
 
     def win_rate_over(media, others, prompts):
         """The judge's share of wins of `media` over `others`, shown in random order: the reward as it looks on held-out prompts."""
@@ -354,56 +400,65 @@ def main(argv=None):
     first = load_checkpoint(args.out, params, optimizers, vars(args), ranks) if args.resume else 0
     log = Log(args.out, vars(args), ranks, first)
     if ranks.rank == 0:
-        print(f"{sum(p.numel() for p in params.values()) / 1e6:.2f}M trained parameters, judge {args.judge}; a step: {num_images} images "
-              f"= {args.batch_size} prompts x {args.group_size} images x {args.accumulation} accumulated x {ranks.world} ranks", flush=True)
+        print(f"{sum(p.numel() for p in params.values()) / 1e6:.2f}M trained parameters, judge {args.judge}; a step: {num_samples} images = "
+              f"{args.num_prompts} prompts x {G}, {share} on each of {ranks.world} ranks in {len(chunks)} batches; {len(split)} groups on several ranks", flush=True)
     bar = tqdm(range(first, args.max_steps), initial=first, total=args.max_steps, disable=ranks.rank > 0)
     for step in bar:
-        clock, spent, stats, counts = time.time(), {}, {}, {}
+        clock, spent, stats, worst = time.time(), {"judge": 0.0, "idle": 0.0}, {}, 0.0
         lr = set_lr(optimizers, args.lr, step, args.warmup_steps, args.max_steps)
-        indices = batch_indices(records, per_step, step, args.seed)[ranks.rank::ranks.world]
-        rollouts = []
-        for start in range(0, len(indices), args.batch_size):
-            mine = indices[start:start + args.batch_size]
-            prompts = [records[i]["prompt"] for i in mine for _ in range(args.group_size)]
-            seeds = [(args.seed, step, i, g) for i in mine for g in range(args.group_size)]
-            media, trajectory = rollout(pipe, prompts, seeds, args, step, **pipe_args)
-            rollouts.append((mine, prompts, media, trajectory))
+        indices = batch_indices(records, args.num_prompts, step, args.seed)
+        pairs = [(k * G + i, k * G + j) for k, index in enumerate(indices if any(not function for *_, function in rewards) else [])
+                 for i, j in schedule_pairs(G, args.pairs, random.Random(f"{args.seed} {step} {index}"), args.both_orders)]
+        rollouts, jobs, answers, media, asked = [], [], {}, {}, set()
+        for chunk in chunks:
+            samples = [n % num_samples for n in chunk]
+            here = [records[indices[n // G]] for n in samples]
+            call = dict(prompt=[record["prompt"] for record in here], **source_images(here))
+            found, trajectory = rollout(pipe, seeds=[(args.seed, step, indices[n // G], n % G) for n in samples], args=args, step=step, **call, **pipe_args)
+            rollouts.append((chunk, call, trajectory))
+            found = [(n, frames) for n, frames in zip(chunk, found) if n < num_samples]
+            media.update(found + (gather([item for item in found if item[0] // G in split], ranks) if split else []))
+            questions = [(number, Comparison(records[indices[i // G]]["prompt"], media[i], media[j])) for number, (i, j) in enumerate(pairs)
+                         if i in media and j in media and number not in asked and (i // G not in split or number % ranks.world == ranks.rank)]
+            asked.update(number for number, _ in questions)
+            jobs.append(thread.submit(ask_rewards, judge, rewards, questions, [(n, frames, call["prompt"][n - chunk[0]]) for n, frames in found]))
         spent["rollout"] = time.time() - clock
-        batches, examples = [], []
-        for mine, prompts, media, trajectory in rollouts:
-            advantages, found, bad = judge_groups(judge, rewards, prompts, media, [random.Random(f"{args.seed} {step} {i}") for i in mine], args)
-            batches.append((prompts, trajectory, advantages.to(ranks.device)))
-            counts = {k: counts.get(k, 0) + v for k, v in found.items()}
-            examples += bad
-        counts = {k: total(v, ranks) for k, v in counts.items()}
-        examples = gather(examples, ranks)
-        for missing, of in (("undecided", "verdicts"), ("unscored", "scores")):
-            if counts[missing] > args.max_parse_fail * counts[of]:
-                raise SystemExit(f"{counts[missing]:.0f} of {counts[of]:.0f} {of} are {missing}, more than --max-parse-fail "
-                                 f"{args.max_parse_fail}. One of them:\n{examples[0][:2000]}")
-        spent["judge"] = time.time() - clock - spent["rollout"]
-        worst = 0.0
         for epoch in range(args.epochs):
-            for prompts, trajectory, advantages in batches:
+            for number, (chunk, call, trajectory) in enumerate(rollouts):
+                while jobs and len(rollouts) - len(jobs) <= number + lag:       # what this chunk needs to know; all ranks ask at the same places
+                    waiting = time.time()
+                    found, seconds = jobs.pop(0).result()
+                    answers.update(((kind, n), answer) for kind, n, answer in gather(found, ranks))
+                    spent["judge"], spent["idle"] = spent["judge"] + seconds, spent["idle"] + time.time() - waiting
+                advantages = sample_advantages(pairs, answers, rewards, num_samples, args)[0]
+                advantages = torch.stack([advantages[n % num_samples] * (n < num_samples) for n in chunk])
                 accumulate = accumulate_nft if args.loss == "nft" else accumulate_gradients
-                found = accumulate(pipe, trajectory, advantages, args, 1 / num_images, prompt=prompts, **pipe_args)
+                found = accumulate(pipe, trajectory, advantages.to(ranks.device), args, 1 / num_samples, **call, **pipe_args)
                 worst = max(worst, found.pop("max_ratio_error") * (epoch == 0))
                 stats = {k: stats.get(k, 0) + v / args.epochs for k, v in found.items()}
+            counts, bad = sample_advantages(pairs, answers, rewards, num_samples, args)[1:]
+            for missing, of in (("undecided", "verdicts"), ("unscored", "scores")):
+                if counts[missing] > args.max_parse_fail * counts[of]:
+                    raise SystemExit(f"{counts[missing]:.0f} of {counts[of]:.0f} {of} are {missing}, more than --max-parse-fail "
+                                     f"{args.max_parse_fail}. One of them:\n{bad[0][:2000]}")
             grad_norm = optimizer_step(list(params.values()), optimizers, ranks, args.max_norm)
-        spent["train"] = time.time() - clock - spent["rollout"] - spent["judge"]
+        spent["train"] = time.time() - clock - spent["rollout"] - spent["idle"]
         worst = max(gather([worst], ranks))
-        row = {k: total(v, ranks) / num_images for k, v in stats.items()}
-        decided, asked = max(counts["decided"], 1), max(counts["verdicts"], 1)
-        row.update(max_ratio_error=worst, undecided=counts["undecided"] / asked, judge_failures=counts["failures"] / asked,
-                   unscored=counts["unscored"], ties=counts["ties"] / asked, first_position_share=counts["first_wins"] / decided, dead_groups=counts["dead"] / per_step,
-                   **{name: value / num_images for name, value in counts.items() if name.startswith("reward/")})
+        row = {k: total(v, ranks) / num_samples for k, v in stats.items()}
+        decided, of = max(counts["decided"], 1), max(counts["verdicts"], 1)
+        row.update(max_ratio_error=worst, undecided=counts["undecided"] / of, judge_failures=counts["failures"] / of, unscored=counts["unscored"],
+                   verdicts=counts["verdicts"], ties=counts["ties"] / of, first_position_share=counts["first_wins"] / decided,
+                   dead_groups=counts["dead"] / args.num_prompts,
+                   **{name: value / num_samples for name, value in counts.items() if name.startswith("reward/")})
         if step == first and ranks.rank == 0:
             print(f"max |ratio - 1| at the first update: {worst:.3g}", flush=True)
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            found, media, prompts = evaluate(num_watched, 5)
+            found, samples, prompts = evaluate(num_watched, 5)
             row.update({f"held_out_{k}": v for k, v in found.items()})
             if judge:
-                row.update({f"held_out_{k}": v for k, v in win_rate_over(media, base_media, prompts).items()})
+                row.update({f"held_out_{k}": v for k, v in win_rate_over(samples, base_media, prompts).items()})
+            if ranks.rank == 0:
+                draw_samples(samples[:24], Path(args.out, f"samples_{step + 1:06d}.png"))
         log.write(step=step + 1, **row, lr=lr, grad_norm=grad_norm, **{f"{k}_s": v for k, v in spent.items()}, peak_gib=peak_gib())
         bar.set_postfix(ties=f"{row['ties']:.2f}", kl=f"{row['kl']:.3g}", true=row.get("held_out_true", ""))
         if step + 1 in (1, args.max_steps) or (step + 1) % args.save_every == 0:
@@ -418,9 +473,8 @@ def main(argv=None):
     save_whole(lambda: save_pipeline(pipe, Path(args.out, "model")), modules.values(), ranks)
     if ranks.rank == 0:
         draw_curves(log.rows, ["held_out_win_rate", "held_out_true", "held_out_cast", "kl", "ties", "grad_norm"], Path(args.out, "curves.png"))
-        rows = [[frames[len(frames) // 2] for frames in side[i:i + 12]] for i in range(0, min(len(media_after), 48), 12)
-                for side in (media_before, media_after)]
-        draw_grid(rows, Path(args.out, "before_after.png"))
+        draw_samples([frames for i in range(0, min(len(media_after), 48), 12) for side in (media_before, media_after) for frames in side[i:i + 12]],
+                     Path(args.out, "before_after.png"))
         print(f"{len(media_after)} held-out samples    before    after")
         for name, value in before.items():
             print(f"  {name:20s} {value:8.3f} {after[name]:8.3f}")

@@ -578,6 +578,7 @@ def draw_verdict(images, texts, path, side=240):
 import copy
 import functools
 import hashlib
+import inspect
 import pickle
 
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -618,10 +619,36 @@ class Tap:
         return SchedulerOutput(prev_sample=x) if kwargs.get("return_dict", True) else (x,)
 
 
-def install(pipe, cache_size=8):
-    """Tap the pipeline's scheduler, initial latents and prompt encoder (memoised: the newest `cache_size` calls). Once a pipeline."""
+def prediction_type(pipe):
+    """What the pipeline's model predicts: "flow" (the velocity noise - x0), "epsilon", "v_prediction" or "sample"."""
+    kind = pipe.scheduler.config.get("prediction_type", "epsilon")
+    return "flow" if "FlowMatch" in type(getattr(pipe.scheduler, "stock", pipe.scheduler)).__name__ or kind == "flow_prediction" else kind
+
+
+def install(pipe, park=False, cache_size=32):
+    """Tap the pipeline's scheduler, initial latents and prompt encoder (memoised: the newest `cache_size` calls). Once a pipeline.
+
+    With `park`, text encoders wait on the CPU, outside the pipeline, while nothing is encoded. ValueError: a pipeline that moves its latents
+    in another way than by one scheduler.step, or whose weights are fetched by offloading hooks, which would leave no gradient.
+    """
+    name, source = type(pipe).__name__, inspect.getsource(inspect.unwrap(type(pipe).__call__))
+    if (steps := source.count("scheduler.step(")) != 1 or "deepcopy(self.scheduler)" in source:
+        raise ValueError(f"{name} moves its latents by {steps} calls of scheduler.step or copies its scheduler; the driver stands in for exactly one")
+    if missing := [method for method in ("prepare_latents", "encode_prompt") if not hasattr(pipe, method)]:
+        raise ValueError(f"{name} has no {missing[0]}, which the driver taps")
+    if any(hasattr(module, "_hf_hook") for part in denoisers(pipe).values() for module in part.modules()):
+        raise ValueError(f"{name} is offloaded by hooks, under which nothing gets a gradient: load it without")
     tap = vars(pipe)["scheduler"] = Tap(pipe.scheduler)                         # setattr would write it into model_index.json
     stock_latents, encode_prompt, cache = pipe.prepare_latents, pipe.encode_prompt, {}
+    device, pipe.parked = pipe.device, {}
+    if park:
+        pipe.parked = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None}
+
+    def move_encoders(back):
+        for name, part in pipe.parked.items():
+            part.to(device if back else "cpu")
+            vars(pipe)[name] = part if back else None
+    move_encoders(False)
 
     def prepare_latents(*args, **kwargs):
         out = stock_latents(*args, **kwargs)
@@ -633,7 +660,9 @@ def install(pipe, cache_size=8):
     def encode_once(*args, **kwargs):
         key = pickle.dumps((args, kwargs))
         if key not in cache:
+            move_encoders(True)
             cache[key] = encode_prompt(*args, **kwargs)
+            move_encoders(False)
             if len(cache) > cache_size:
                 cache.pop(next(iter(cache)))
         return cache[key]
@@ -673,7 +702,7 @@ def velocity(pipe, x, sigma, grad=True, **kwargs):
     return seen[0]
 
 
-def prepare(pipe, device):
+def prepare(pipe, device, park=False):
     """The pipeline on its device with the driver installed, everything frozen but its denoisers."""
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
@@ -682,12 +711,12 @@ def prepare(pipe, device):
         module.requires_grad_(True)
         if device.type == "cpu":
             module.set_attention_backend("_native_math")                        # faster for a handful of tokens
-    return install(pipe.to(device))
+    return install(pipe.to(device), park)
 
 
-def load_pipeline(path, device, dtype=torch.float32):
+def load_pipeline(path, device, dtype=torch.float32, park=False):
     """The diffusers pipeline in a folder or hub repository, prepared, all its parts in `dtype`."""
-    return prepare(diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype), device)
+    return prepare(diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype), device, park)
 
 
 def denoisers(pipe):
@@ -712,20 +741,21 @@ def frames_of(output):
 
 
 def sample_media(pipe, prompts, seeds, batch_size=64, **kwargs):
-    """frames_of samples by the stock (ODE) sampler; sample i is a function of its prompt and its seed."""
+    """frames_of samples by the stock (ODE) sampler; sample i is a function of its prompt, its seed and its image=[...], if there are any."""
     media = []
     for i in range(0, len(prompts), batch_size):
+        part = {k: v[i:i + batch_size] for k, v in {"prompt": list(prompts), "image": kwargs.get("image")}.items() if isinstance(v, list)}
         generators = [generator(seed) for seed in seeds[i:i + batch_size]]
-        media += frames_of(run(pipe, prompt=list(prompts[i:i + batch_size]), generator=generators, **{"output_type": "pil", **kwargs}))
+        media += frames_of(run(pipe, generator=generators, **{"output_type": "pil", **kwargs, **part}))
     return media
 
 
 def save_pipeline(pipe, folder):
     """save_pretrained with the stock scheduler in its place."""
     tap = pipe.scheduler
-    vars(pipe)["scheduler"] = tap.stock
+    vars(pipe).update(pipe.parked, scheduler=tap.stock)
     pipe.save_pretrained(folder)
-    vars(pipe)["scheduler"] = tap
+    vars(pipe).update(dict.fromkeys(pipe.parked), scheduler=tap)
 
 
 def pipe_arg(text):

@@ -138,7 +138,7 @@ def test_grpo_loss_worked_by_hand():
     assert clipped == pytest.approx(.8)
 
 
-def test_judge_groups_counts_and_stays_within_groups():
+def test_advantages_stay_within_groups_and_are_counted():
     """A fake judge that likes bright images: advantages follow brightness in each group, whatever the other group holds."""
     from PIL import Image
     from test_dpo import GOOD
@@ -149,15 +149,22 @@ def test_judge_groups_counts_and_stays_within_groups():
         return [GOOD.replace("Image 1", f"Image {w}").replace('_1":7', f'_1":{7 if w == 1 else 3}')
                 .replace('_2":3', f'_2":{3 if w == 1 else 7}') for w in better]
     args = SimpleNamespace(group_size=3, pairs="all", both_orders=False, category_weights=[1, 1, 1], alpha=.7, std_floor=0.0, adv_clip=5.0)
-    flex, rngs = [(1.0, "flex", None)], [random.Random(0)] * 2
-    advantages, counts, bad = grpo.judge_groups(judge, flex, prompts, images, rngs, args)
+    flex = [(1.0, "flex", None)]
+
+    def step(judge, rewards):
+        pairs = [(k + i, k + j) for k in (0, 3) for i, j in reward.schedule_pairs(3, "all", random.Random(k), args.both_orders)]
+        answers, _ = grpo.ask_rewards(judge, rewards, [(p, reward.Comparison(prompts[i], images[i], images[j])) for p, (i, j) in enumerate(pairs)],
+                                      list(zip(range(6), images, prompts)))
+        return grpo.sample_advantages(pairs, {(kind, n): answer for kind, n, answer in answers}, rewards, 6, args)
+
+    advantages, counts, bad = step(judge, flex)
     torch.testing.assert_close(advantages, torch.tensor([-1., 1., 0., 1., -1., 0.]))
     assert counts["verdicts"] == 6 and counts["undecided"] == counts["ties"] == counts["dead"] == 0 and not bad
     args.both_orders = True
-    advantages, counts, bad = grpo.judge_groups(lambda c: ["?"] * len(c), flex, prompts, images, rngs, args)
+    advantages, counts, bad = step(lambda c: ["?"] * len(c), flex)
     assert counts["undecided"] == 12 and counts["dead"] == 2 and advantages.eq(0).all() and bad == ["?"]
     index = (.3, "index", lambda media, prompts: [0, 0, 0, 5, 6, 7])            # a further reward, told apart inside its group only
-    advantages, counts, _ = grpo.judge_groups(judge, [(.7, "flex", None), index], prompts, images, rngs, args)
+    advantages, counts, _ = step(judge, [(.7, "flex", None), index])
     torch.testing.assert_close(advantages, torch.tensor([-.7, .7, 0, .7 - .3, -.7, .3]))
     assert counts["reward/index"] == 18 and counts["verdicts"] == 12
 

@@ -61,7 +61,7 @@ def test_a_video_generator_is_rewarded_by_its_frames(tmp_path):
     call = {**args, "num_inference_steps": 4}
     grpo.main(["--model", str(tmp_path / "wan"), "--data", str(tmp_path / "prompts.txt"), "--eval-data", str(tmp_path / "prompts.txt"), "--eval-num", "2",
                "--reward", f"{tmp_path}/bright.py:bright", "--pipe-arg", *(f"{k}={v}" for k, v in call.items()), "--sde-steps", "2", "--lora-rank", "2",
-               "--lora-targets", r"attn\d\.to_q$", "--batch-size", "2", "--group-size", "2", "--max-steps", "2", "--warmup-steps", "1", "--lr", "1e-2",
+               "--lora-targets", r"attn\d\.to_q$", "--num-prompts", "2", "--group-size", "2", "--max-steps", "2", "--warmup-steps", "1", "--lr", "1e-2",
                "--out", str(tmp_path / "run")])
     first, second = rows(tmp_path / "run")
     assert first["max_ratio_error"] == 0 and second["kl"] > 0 and (tmp_path / "run" / "before_after.png").exists()

@@ -34,12 +34,14 @@ def runs(judge_folder, generator_folder, tmp_path_factory):
               "dpo": ["dpo", "--model", judge_folder, "--data", preferences(path), "--lora-rank", "0"],
               "dpolora": ["dpo", "--model", judge_folder, "--data", preferences(path), "--lora-rank", "4", "--precompute-ref"],
               "grpo": ["grpo", "--model", generator_folder, "--reward", f"{path}/bright.py:bright", "--lora-rank", "4", "--group-size", "3",
-                       "--eval-every", "0", "--kl", ".1"]}                      # an untrained judge would reward nothing
+                       "--eval-every", "0", "--kl", ".1", "--num-prompts", "5"]}        # an untrained judge would reward nothing;
+                                                                                # of 5 groups of 3 the one in the middle lies on both ranks
     modes = {1: {"ddp": stages}, 2: {"ddp": ["sft", "dpolora", "grpo"], "fsdp": ["sft", "dpolora", "generator", "grpo"]},
              3: {"ddp": ["sftlora", "generator"], "fsdp": ["sft", "sftlora", "dpo"]}}
     for ranks, chosen in modes.items():
         batch, accumulation = SIX[ranks]
-        launch(ranks, [[*stages[stage], *COMMON, "--batch-size", batch, "--accumulation", accumulation, *["--fsdp"] * (mode == "fsdp"),
+        size = ["--batch-size", batch, "--accumulation", accumulation]
+        launch(ranks, [[*stages[stage], *COMMON, *(["--batch-size", "5"] if stage == "grpo" else size), *["--fsdp"] * (mode == "fsdp"),
                         "--out", str(path / f"{ranks}-{stage}-{mode}")] for mode, names in chosen.items() for stage in names])
     return path
 

@@ -17,7 +17,7 @@ from conftest import ROOT
 STAGES = {"sft.py": sft, "dpo.py": dpo, "grpo.py": grpo, "reward.py": reward, "data.py": data}
 SMALL = {"sft.py": "--max-steps 2 --batch-size 4 --data-num 40 --eval-num 4 --max-new-tokens 8",
          "dpo.py": "--max-steps 1 --batch-size 4 --data-num 2 --num-traces 2 --eval-num 2 --max-new-tokens 8",
-         "grpo.py": "--max-steps 1 --batch-size 2 --group-size 3 --pairs all --eval-num 4 --max-new-tokens 8 --max-parse-fail 1 --eval-every 0",
+         "grpo.py": "--max-steps 1 --num-prompts 2 --group-size 3 --pairs all --eval-num 4 --max-new-tokens 8 --max-parse-fail 1 --eval-every 0",
          "reward.py": "--max-new-tokens 8"}
 
 

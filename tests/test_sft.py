@@ -75,7 +75,7 @@ def test_pasted_blocks_replace_the_import(stage, tmp_path, judge_folder, generat
     assert len(rows(out)) == 1
 
 
-GRPO = ["--max-steps", "1", "--batch-size", "2", "--group-size", "3", "--pairs", "all", "--eval-num", "4", "--max-new-tokens", "8",
+GRPO = ["--max-steps", "1", "--num-prompts", "2", "--group-size", "3", "--pairs", "all", "--eval-num", "4", "--max-new-tokens", "8",
         "--max-parse-fail", "1", "--warmup-steps", "1", "--eval-every", "0"]
 
 
