@@ -1,12 +1,16 @@
 """The driver on every generator family, as tiny random pipelines: one code path, no table of exceptions."""
+import json
+
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
+import data
 import grpo
 import sft
 from test_sft import rows
-from tiny_pipelines import FAMILIES, make
+from tiny_pipelines import FAMILIES, NEGATIVE, make
 
 PROMPTS, STEPS = ["a cat", "a dog on a cube", "a dog on a cube"], 4
 
@@ -49,6 +53,127 @@ def test_ratio_is_1_at_the_first_update_and_gradients_arrive(family, lora):
         for name, layer in sft.lora_layers(module).items():
             sft.replace_module(module, name, layer.base)
         module.requires_grad_(True)
+
+
+def guided_by_hand(name, pipe, x, sigma, args):
+    """The velocity of one guided step by direct calls of the denoiser, without the driver."""
+    model, device, num = pipe.transformer, torch.device("cpu"), len(PROMPTS)
+    with torch.no_grad():
+        if name == "FLUX.1":
+            embeds, pooled, text_ids = pipe.encode_prompt(prompt=PROMPTS, prompt_2=None, device=device, max_sequence_length=32)
+        elif name == "SD3.5":
+            embeds, negative, pooled, negative_pooled = pipe.encode_prompt(prompt=PROMPTS, prompt_2=None, prompt_3=None, negative_prompt=[NEGATIVE] * num, device=device,
+                                                                           max_sequence_length=32)
+        else:
+            embeds, negative = pipe.encode_prompt(prompt=PROMPTS, negative_prompt=[NEGATIVE] * num, max_sequence_length=32)
+    if name == "FLUX.1":                             # its guidance is an input, its time runs from 0 to 1
+        return model(x, timestep=sigma.expand(num), guidance=torch.full((num,), 3.5), pooled_projections=pooled, encoder_hidden_states=embeds, txt_ids=text_ids,
+                     img_ids=pipe._prepare_latent_image_ids(num, 4, 4, device, torch.float32))[0]
+    t = (1000 * sigma).expand(num)
+    if name == "SD3.5":
+        both = model(torch.cat([x, x]), timestep=t.repeat(2), encoder_hidden_states=torch.cat([negative, embeds]), pooled_projections=torch.cat([negative_pooled, pooled]))[0]
+        away, toward = both.chunk(2)
+    else:
+        away, toward = (model(x, timestep=t, encoder_hidden_states=e)[0] for e in (negative, embeds))
+    return away + args["guidance_scale"] * (toward - away)
+
+
+@pytest.mark.parametrize("name", ["FLUX.1", "SD3.5", "Wan 2.1"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_velocity_and_gradients_equal_a_direct_call(name, bf16):
+    pipe, args = make(name)
+    sft.prepare(pipe, torch.device("cpu"))
+    shape, autocast = {"FLUX.1": (3, 16, 16), "SD3.5": (3, 4, 8, 8), "Wan 2.1": (3, 16, 2, 2, 2)}[name], torch.bfloat16 if bf16 else None
+    x, sigma, weight = torch.randn(shape), torch.tensor(.6), torch.randn(shape)
+    with torch.autocast("cpu", autocast, enabled=bf16):
+        by_hand = guided_by_hand(name, pipe, x, sigma, args)
+    (by_hand.float() * weight).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in pipe.transformer.named_parameters() if p.grad is not None}
+    pipe.transformer.zero_grad()
+    v = sft.velocity(pipe, x, sigma, prompt=PROMPTS, autocast=autocast, **args)
+    (v.float() * weight).sum().backward()
+    torch.testing.assert_close(v, by_hand)
+    assert len(gradients) > 10
+    for n, gradient in gradients.items():
+        torch.testing.assert_close(dict(pipe.transformer.named_parameters())[n].grad, gradient, **dict(rtol=1e-2, atol=1e-2) if bf16 else {})
+
+
+def test_bf16_autocast_keeps_the_ratio_near_1_and_checkpointing_the_gradients(family):
+    pipe, args = family
+    settings, gradients = options("--lora-rank", "0", "--kl", "0"), []
+    _, trajectory = grpo.rollout(pipe, PROMPTS, [(7, i) for i in range(len(PROMPTS))], settings, autocast=torch.bfloat16, **args)
+    for recompute in (False, True):
+        for module in sft.denoisers(pipe).values():
+            module.zero_grad()
+            module.enable_gradient_checkpointing() if recompute else None
+        stats = grpo.accumulate_gradients(pipe, trajectory, torch.tensor([1., -1., .5]), settings, 1 / 3, prompt=PROMPTS, autocast=torch.bfloat16, **args)
+        gradients.append([p.grad for module in sft.denoisers(pipe).values() for p in module.parameters() if p.grad is not None])
+        assert stats["max_ratio_error"] < 1e-6
+    for module in sft.denoisers(pipe).values():
+        module.disable_gradient_checkpointing()
+        module.zero_grad()
+    assert len(gradients[0]) > 5
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parked_encoders_change_nothing(name, tmp_path):
+    """They leave the pipeline while nothing is encoded, come back for another prompt, and are saved."""
+    pictures = []
+    for park in (False, True):
+        pipe, args = make(name)
+        sft.prepare(pipe, torch.device("cpu"), park)
+        for prompts in (PROMPTS, PROMPTS[::-1]):
+            pictures.append(grpo.rollout(pipe, prompts, [(7, i) for i in range(3)], options(), num_inference_steps=STEPS, output_type="pt", **args)[0])
+            assert not park or pipe.text_encoder is None
+    for stock, parked in zip(pictures[:2], pictures[2:]):
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(stock, parked))
+    assert not torch.equal(pictures[0][0][0], pictures[1][0][0])
+    sft.save_pipeline(pipe, tmp_path / "saved")
+    assert (tmp_path / "saved" / "text_encoder").is_dir() and pipe.text_encoder is None
+
+
+def test_source_images_go_along_with_their_prompts(tmp_path):
+    """FLUX.1 Kontext edits one image for each prompt: another source gives another result, in a batch as alone."""
+    pipe, args = make("FLUX.1 Kontext")
+    sft.prepare(pipe, torch.device("cpu"))
+    args.pop("image")
+    for name, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{name}.png")
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps({"prompt": "a cat", "source": f"{name}.png"}) + "\n" for name in "ab"))
+    records = data.read_records(tmp_path / "edits.jsonl", "prompt")
+    call = dict(**args, num_inference_steps=STEPS, output_type="pt")
+    both = sft.sample_media(pipe, ["a cat"] * 2, [1, 1], **grpo.source_images(records), **call)
+    alone = sft.sample_media(pipe, ["a cat"], [1], **grpo.source_images(records[1:]), **call)
+    assert not torch.allclose(both[0][0], both[1][0])
+    torch.testing.assert_close(both[1][0], alone[0][0])
+    (tmp_path / "edits.jsonl").write_text('{"prompt": "a cat", "source": "c.png"}\n')
+    with pytest.raises(ValueError, match="edits.jsonl:1: .*c.png does not exist"):
+        data.read_records(tmp_path / "edits.jsonl", "prompt")
+
+
+def test_wan_with_its_own_scheduler():
+    """The released folders hold a UniPC scheduler with flow sigmas: it is a flow, sampled by it without us, by Euler steps with us."""
+    pipe, args = make("Wan 2.1")
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    assert sft.prediction_type(pipe) == "flow"
+    sft.prepare(pipe, torch.device("cpu"))
+    settings, args = options("--kl", "0", "--lora-rank", "0"), dict(**args, num_inference_steps=STEPS, output_type="pt")
+    _, trajectory = grpo.rollout(pipe, PROMPTS, [(7, i) for i in range(3)], settings, **args)
+    sigmas = trajectory["sigmas"]
+    assert sigmas[-1] == 0 and (sigmas.diff() < 0).all() and sigmas[0] <= 1
+    stats = grpo.accumulate_gradients(pipe, trajectory, torch.tensor([1., -1., .5]), settings, 1 / 3, prompt=PROMPTS, **args)
+    assert stats["max_ratio_error"] == 0 and sft.prediction_type(pipe) == "flow"
+
+
+def test_what_the_driver_cannot_carry_is_refused_with_the_reason():
+    pipe, _ = make("SD3.5")
+    pipe.transformer.transformer_blocks[0]._hf_hook = object()
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline is offloaded by hooks"):
+        sft.install(pipe)
+    for kind, reason in ((diffusers.LTX2Pipeline, "copies its scheduler"), (diffusers.DDPMPipeline, "no prepare_latents")):
+        with pytest.raises(ValueError, match=f"{kind.__name__} .*{reason}"):
+            sft.install(object.__new__(kind))
 
 
 def test_a_video_generator_is_rewarded_by_its_frames(tmp_path):

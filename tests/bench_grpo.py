@@ -1,0 +1,171 @@
+"""What the driver costs, whether judging hides behind rollouts, and which algorithm learns fastest, on the toy generator.
+
+    python tests/bench_grpo.py overhead                               replay against bare calls of the transformer, by turns
+    python tests/bench_grpo.py overlap                                a judge server of known latency beside the rollouts
+    python tests/bench_grpo.py compare --seeds 0 1 2                  about 4 minutes a run on a core; runs that are there are kept
+    python tests/bench_grpo.py compare --generator FOLDER --judge FOLDER      of other models than those in out/
+
+`compare` writes a table and algorithms.png: true success of 192 held-out samples by the pixel oracle against seconds and judge calls.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import data
+import grpo
+import sft
+
+ALGORITHMS = {"Flow-GRPO": ["--sde-steps", "9", "--no-ratio-norm"],
+              "window": ["--no-ratio-norm"],
+              "cps": ["--sde", "cps", "--sde-steps", "9", "--no-ratio-norm"],
+              "window + RatioNorm": [],
+              "nft": ["--loss", "nft", "--no-shared-noise", "--sde-steps", "1"]}
+VERDICT = json.dumps({"categories": [{"name": f"{a}. x", "dims": [], "cat_winner": "Image 1"} for a in "ABC"], "winner": "Image 1"})
+
+
+def overhead(args, rounds=15, images=96):
+    """Seconds of backward through the trained steps of a rollout, by replay and by bare calls of the transformer, and their ratio."""
+    pipe = sft.load_pipeline(args.generator, torch.device("cpu"))
+    call, settings = data.toy_models().PIPE_ARGS, grpo.parse_args(["--kl", "0", "--lora-rank", "0"])
+    prompts = ["a red circle above a blue square"] * images
+    _, trajectory = grpo.rollout(pipe, prompts, [(0, i) for i in range(images)], settings, **call)
+    embeds, pooled, text_ids = pipe.encode_prompt(prompt=prompts, prompt_2=None, device=pipe.device, max_sequence_length=call["max_sequence_length"])
+    image_ids = pipe._prepare_latent_image_ids(images, 3, 3, pipe.device, torch.float32)
+    times = {"replay": [], "bare": []}
+    for _ in range(rounds):
+        began = time.perf_counter()
+        grpo.replay(pipe, trajectory, trajectory["steps"], lambda i, v: v.square().mean().backward(), prompt=prompts, **call)
+        middle = time.perf_counter()
+        for i in trajectory["steps"]:
+            v = pipe.transformer(trajectory["x"][i], timestep=trajectory["sigmas"][i].expand(images), pooled_projections=pooled, encoder_hidden_states=embeds,
+                                 txt_ids=text_ids, img_ids=image_ids, return_dict=False)[0]
+            v.square().mean().backward()
+        times["replay"].append(middle - began)
+        times["bare"].append(time.perf_counter() - middle)
+    ratio = statistics.median(a / b for a, b in zip(*times.values()))
+    print(f"forward and backward of {len(trajectory['steps'])} steps of {images} images, replayed against bare: {ratio:.3f} times (median of {rounds} rounds)")
+
+
+def overlap(args, steps=6):
+    """A step's seconds in rollouts, judging, training and waiting, with groups of 8 going one by one to a server that takes its time."""
+    class Server(BaseHTTPRequestHandler):
+        def answer(self, content):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self):
+            self.answer(b'{"data": [{"id": "toy"}]}')
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            time.sleep(self.server.latency)
+            self.answer(json.dumps({"choices": [{"message": {"content": VERDICT}}]}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print("latency   rollout     judge     train   waiting   the step / larger of rollout + train and judge   the three one after the other / the same")
+    for latency in (.05, .2, .4):
+        server.latency = latency
+        with tempfile.TemporaryDirectory() as out:
+            grpo.main(["--model", args.generator, "--judge", f"http://127.0.0.1:{server.server_port}", "--batch-size", "8", "--max-steps", str(steps), "--eval-num", "8",
+                       "--eval-every", "0", "--out", out])
+            rows = [row for row in map(json.loads, Path(out, "log.jsonl").read_text().splitlines()) if "idle_s" in row][1:]
+        longer = [max(row["rollout_s"] + row["train_s"], row["judge_s"]) for row in rows]
+        step = statistics.median((row["rollout_s"] + row["train_s"] + row["idle_s"]) / x for row, x in zip(rows, longer))
+        serial = statistics.median((row["rollout_s"] + row["train_s"] + row["judge_s"]) / x for row, x in zip(rows, longer))
+        medians = [statistics.median(row[name] for row in rows) for name in ("rollout_s", "judge_s", "train_s", "idle_s")]
+        print(f"{latency:5.2f} s" + "".join(f"{x:8.2f} s" for x in medians) + f"{step:10.2f}{serial:12.2f}   (medians of {len(rows)} steps of 12 groups)")
+
+
+def compare(args):
+    """Runs every algorithm with every seed, unless its log is whole, and reports."""
+    curves = {}
+    for name, options in ALGORITHMS.items():
+        for seed in args.seeds:
+            out = Path(args.out, f"{name.replace(' ', '')}-{seed}")
+            log = out / "log.jsonl"
+            if not log.exists() or "true_after" not in log.read_text():
+                print(f"{name}, seed {seed}", flush=True)
+                with open(Path(args.out, f"{out.name}.txt"), "w") as file:
+                    subprocess.run([sys.executable, str(ROOT / "grpo.py"), "--model", args.generator.format(seed=seed), "--judge", args.judge.format(seed=seed), "--seed",
+                                    str(seed), "--kl", "0", "--max-steps", str(args.max_steps), "--eval-every", "4", "--out", str(out), *options], check=True, stdout=file,
+                                   stderr=file)
+            rows = [json.loads(line) for line in log.read_text().splitlines()]
+            points, seconds, calls = [(0.0, 0, rows[-1]["true_before"])], 0.0, 0
+            for row in rows[1:-1]:
+                seconds += row["rollout_s"] + row["idle_s"] + row["train_s"]
+                calls += row["verdicts"]
+                if "held_out_true" in row:
+                    points.append((seconds, calls, row["held_out_true"]))
+            curves.setdefault(name, []).append((points, rows[-1]))
+    plain = [points for points, _ in curves["Flow-GRPO"]]
+    print(f"{'':20s} true on 1,024 before and after, by seed                  gain    cast     time and calls to plain Flow-GRPO's best, as shares of its own")
+    for name, runs in curves.items():
+        last = [row for _, row in runs]
+        shares = {0: [], 1: []}
+        for (points, _), theirs in zip(runs, plain):
+            goal = max(theirs, key=lambda p: p[2])
+            reached = next((p for p in points if p[2] >= goal[2]), None)
+            for axis in (0, 1):
+                shares[axis].append(reached[axis] / max(goal[axis], 1e-9) if reached else None)
+        text = ["/".join("never" if x is None else f"{x:.2f}" for x in shares[axis]) for axis in (0, 1)]
+        gains = [100 * (row["true_after"] - row["true_before"]) for row in last]
+        print(f"{name:20s} " + "  ".join(f"{row['true_before']:.3f} {row['true_after']:.3f}" for row in last) + f"  {statistics.mean(gains):+5.1f}  "
+              + "/".join(f"{row['cast_after']:.1f}" for row in last) + f"   {text[0]}   {text[1]}")
+    draw(curves, Path(args.out, "algorithms.png"))
+
+
+def draw(curves, path, width=460, height=320):
+    """A PNG of two panels, true success against seconds and against judge calls: the mean over seeds, each seed faint."""
+    inks = [(90, 90, 90), (40, 90, 210), (30, 150, 70), (215, 60, 40), (150, 70, 190)]
+    sheet, font = Image.new("RGB", (2 * width, height), "white"), ImageFont.load_default(13)
+    pen, points = ImageDraw.Draw(sheet), [p for runs in curves.values() for found, _ in runs for p in found]
+    low, high = min(p[2] for p in points), max(p[2] for p in points)
+    for axis, label in ((0, "seconds of training"), (1, "judge calls")):
+        most, left = max(p[axis] for p in points), axis * width + 46
+        place = lambda x, y: (left + x / most * (width - 62), height - 40 - (y - low) / (high - low) * (height - 70))
+        pen.rectangle([left, 30, axis * width + width - 16, height - 40], outline=(160, 160, 160))
+        for (name, runs), ink, row in zip(curves.items(), inks, range(9)):
+            faint = tuple((c + 3 * 255) // 4 for c in ink)
+            for found, _ in runs:
+                pen.line([place(p[axis], p[2]) for p in found], fill=faint)
+            mean = [[sum(values) / len(values) for values in zip(*at)] for at in zip(*(found for found, _ in runs))]
+            pen.line([place(p[axis], p[2]) for p in mean], fill=ink, width=2)
+            pen.text((left + 8, 34 + 15 * row), name, fill=ink, font=font)
+        pen.text((left, height - 24), f"{label} (to {most:,.0f})", fill="black", font=font)
+        pen.text((left - 42, 26), f"{high:.2f}", fill="black", font=font)
+        pen.text((left - 42, height - 50), f"{low:.2f}", fill="black", font=font)
+    sheet.save(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["overhead", "overlap", "compare"])
+    parser.add_argument("--generator", default="out/generator-sft/model", help="a toy generator; {seed} in it is replaced")
+    parser.add_argument("--judge", default="out/judge-dpo/model", help="a toy judge; {seed} in it is replaced")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--max-steps", type=int, default=32)
+    parser.add_argument("--out", default="out/bench-grpo")
+    args = parser.parse_args()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    sft.start_ranks()
+    data.know_toy_classes(args.generator.format(seed=args.seeds[0]))
+    {"overhead": overhead, "overlap": overlap, "compare": compare}[args.command](args)
