@@ -184,10 +184,9 @@ def replay(pipe, trajectory, steps, see, grad=True, **kwargs):
 # ---------------------------------------------------------------- the objective
 
 def grpo_loss(ratio, advantages, clip_range):
-    """(losses, share clipped): max(-A r, -A clip(r, 1 +- clip_range)) per image, (B,); equal policies give -A."""
+    """(losses, 1 where clipped): max(-A r, -A clip(r, 1 +- clip_range)) per image, (B,) each; equal policies give -A."""
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    losses = torch.maximum(-advantages * ratio, -advantages * clipped)
-    return losses, (ratio != clipped).float().mean().item()
+    return torch.maximum(-advantages * ratio, -advantages * clipped), (ratio != clipped).float()
 
 
 def policy_ratio(x_next, mean, old_mean, std, noise, normalize):
@@ -209,10 +208,10 @@ def nft_loss(v, v_old, target, advantages, beta):
     return right * plus + (1 - right) * minus
 
 
-def accumulate_gradients(pipe, trajectory, advantages, args, scale, **kwargs):
-    """backward() of the objective over the trained steps of one micro-batch, summed over its images, times `scale`.
+def accumulate_gradients(pipe, trajectory, advantages, args, weights, **kwargs):
+    """backward() of the objective of one micro-batch: the mean over the trained steps, summed over its images by their weights (B,).
 
-    Returns sums over images and steps: loss, kl, clip_fraction, and the largest |ratio - 1|.
+    Returns such sums of loss, kl and clip_fraction, and the largest |ratio - 1|.
     """
     steps, sigmas, reference = trajectory["steps"], trajectory["sigmas"], {}
     stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "max_ratio_error": 0.0}
@@ -231,17 +230,18 @@ def accumulate_gradients(pipe, trajectory, advantages, args, scale, **kwargs):
             old, _ = transition(sigmas, i, trajectory["x"][i], reference[i], args.eta, args.sde)
             kl = ((mean - old) ** 2 / (2 * std ** 2)).flatten(1).mean(1)
             losses = losses + args.kl * kl
-            stats["kl"] += kl.sum().item() / len(steps)
-        (losses.sum() * (scale / len(steps))).backward()
-        stats["loss"] += losses.sum().item() / len(steps)
-        stats["clip_fraction"] += clipped * len(ratio) / len(steps)
+            stats["kl"] += (kl @ weights).item() / len(steps)
+        loss = losses @ weights / len(steps)
+        loss.backward()
+        stats["loss"] += loss.item()
+        stats["clip_fraction"] += (clipped @ weights).item() / len(steps)
         stats["max_ratio_error"] = max(stats["max_ratio_error"], (ratio.detach() - 1).abs().max().item())
 
     replay(pipe, trajectory, steps, see, **kwargs)
     return stats
 
 
-def accumulate_nft(pipe, trajectory, advantages, args, scale, **kwargs):
+def accumulate_nft(pipe, trajectory, advantages, args, weights, **kwargs):
     """backward() of nft_loss at as many noise levels of the schedule as steps are trained, else as accumulate_gradients. No sampler and
     no density enters: the clean latents are noised anew. The old policy is the one that is updated."""
     clean, sigmas, stats = trajectory["x"][-1].float(), trajectory["sigmas"], {"loss": 0.0, "kl": 0.0, "max_ratio_error": 0.0}
@@ -256,9 +256,10 @@ def accumulate_nft(pipe, trajectory, advantages, args, scale, **kwargs):
                 reference = velocity(pipe, x, sigmas[i], grad=False, **kwargs).float()
             kl = (v - reference).pow(2).flatten(1).mean(1)
             losses = losses + args.kl * kl
-            stats["kl"] += kl.sum().item() / len(levels)
-        (losses.sum() * (scale / len(levels))).backward()
-        stats["loss"] += losses.sum().item() / len(levels)
+            stats["kl"] += (kl @ weights).item() / len(levels)
+        loss = losses @ weights / len(levels)
+        loss.backward()
+        stats["loss"] += loss.item()
     return stats
 
 
@@ -431,9 +432,10 @@ def main(argv=None):
                     answers.update(((kind, n), answer) for kind, n, answer in gather(found, ranks))
                     spent["judge"], spent["idle"] = spent["judge"] + seconds, spent["idle"] + time.time() - waiting
                 advantages = sample_advantages(pairs, answers, rewards, num_samples, args)[0]
-                advantages = torch.stack([advantages[n % num_samples] * (n < num_samples) for n in chunk])
+                advantages = advantages[[n % num_samples for n in chunk]].to(ranks.device)
+                weights = torch.tensor([float(n < num_samples) / num_samples for n in chunk], device=ranks.device)
                 accumulate = accumulate_nft if args.loss == "nft" else accumulate_gradients
-                found = accumulate(pipe, trajectory, advantages.to(ranks.device), args, 1 / num_samples, **call, **pipe_args)
+                found = accumulate(pipe, trajectory, advantages, args, weights, **call, **pipe_args)
                 worst = max(worst, found.pop("max_ratio_error") * (epoch == 0))
                 stats = {k: stats.get(k, 0) + v / args.epochs for k, v in found.items()}
             counts, bad = sample_advantages(pairs, answers, rewards, num_samples, args)[1:]
@@ -444,7 +446,7 @@ def main(argv=None):
             grad_norm = optimizer_step(list(params.values()), optimizers, ranks, args.max_norm)
         spent["train"] = time.time() - clock - spent["rollout"] - spent["idle"]
         worst = max(gather([worst], ranks))
-        row = {k: total(v, ranks) / num_samples for k, v in stats.items()}
+        row = {k: total(v, ranks) for k, v in stats.items()}
         decided, of = max(counts["decided"], 1), max(counts["verdicts"], 1)
         row.update(max_ratio_error=worst, undecided=counts["undecided"] / of, judge_failures=counts["failures"] / of, unscored=counts["unscored"],
                    verdicts=counts["verdicts"], ties=counts["ties"] / of, first_position_share=counts["first_wins"] / decided,

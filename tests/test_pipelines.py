@@ -44,7 +44,7 @@ def test_ratio_is_1_at_the_first_update_and_gradients_arrive(family, lora):
         for module in modules:
             sft.add_lora(module, 2, 2, r"(attn|attention).*(to_q|to_out\.0|\.q_proj)$")
     params = [p for module in modules for p in sft.trainable(module).values()]
-    stats = grpo.accumulate_gradients(pipe, trajectory, torch.tensor([1., -1., .5]), settings, 1 / 3, prompt=PROMPTS, **args)
+    stats = grpo.accumulate_gradients(pipe, trajectory, torch.tensor([1., -1., .5]), settings, torch.full((3,), 1 / 3), prompt=PROMPTS, **args)
     assert stats["max_ratio_error"] == 0
     assert sum(p.grad.abs().sum().item() for p in params if p.grad is not None) > 0
     for p in params:
@@ -106,7 +106,7 @@ def test_bf16_autocast_keeps_the_ratio_near_1_and_checkpointing_the_gradients(fa
         for module in sft.denoisers(pipe).values():
             module.zero_grad()
             module.enable_gradient_checkpointing() if recompute else None
-        stats = grpo.accumulate_gradients(pipe, trajectory, torch.tensor([1., -1., .5]), settings, 1 / 3, prompt=PROMPTS, autocast=torch.bfloat16, **args)
+        stats = grpo.accumulate_gradients(pipe, trajectory, torch.tensor([1., -1., .5]), settings, torch.full((3,), 1 / 3), prompt=PROMPTS, autocast=torch.bfloat16, **args)
         gradients.append([p.grad for module in sft.denoisers(pipe).values() for p in module.parameters() if p.grad is not None])
         assert stats["max_ratio_error"] < 1e-6
     for module in sft.denoisers(pipe).values():
@@ -162,7 +162,7 @@ def test_wan_with_its_own_scheduler():
     _, trajectory = grpo.rollout(pipe, PROMPTS, [(7, i) for i in range(3)], settings, **args)
     sigmas = trajectory["sigmas"]
     assert sigmas[-1] == 0 and (sigmas.diff() < 0).all() and sigmas[0] <= 1
-    stats = grpo.accumulate_gradients(pipe, trajectory, torch.tensor([1., -1., .5]), settings, 1 / 3, prompt=PROMPTS, **args)
+    stats = grpo.accumulate_gradients(pipe, trajectory, torch.tensor([1., -1., .5]), settings, torch.full((3,), 1 / 3), prompt=PROMPTS, **args)
     assert stats["max_ratio_error"] == 0 and sft.prediction_type(pipe) == "flow"
 
 

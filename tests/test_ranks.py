@@ -35,7 +35,7 @@ def runs(judge_folder, generator_folder, tmp_path_factory):
               "dpo": ["dpo", "--model", judge_folder, "--data", preferences(path), "--lora-rank", "0"],
               "dpolora": ["dpo", "--model", judge_folder, "--data", preferences(path), "--lora-rank", "4", "--precompute-ref"],
               "grpo": ["grpo", "--model", generator_folder, "--reward", f"{path}/bright.py:bright", "--lora-rank", "4", "--group-size", "3",
-                       "--eval-every", "0", "--kl", ".1", "--num-prompts", "5"]}        # an untrained judge would reward nothing;
+                       "--eval-every", "0", "--kl", "10", "--num-prompts", "5"]}        # an untrained judge would reward nothing;
                                                                                 # of 5 groups of 3 the one in the middle lies on both ranks
     pipe, call = make("Wan 2.2")                     # two experts, which ranks at different noise levels would mix up
     pipe.save_pretrained(path / "wan")
