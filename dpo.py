@@ -285,6 +285,8 @@ class Generator:
         if type(pipe.vae).__module__ == "toy_models":
             args.pipe_arg = {**toy_models().PIPE_ARGS, **args.pipe_arg}
         models, scheduler = denoisers(pipe), pipe.scheduler
+        if args.fsdp and len(models) > 1:
+            raise ValueError("--fsdp: ranks at different noise levels would gather the shards of different experts. Train without it")
         self.kind = "flow_prediction" if "FlowMatch" in type(scheduler.stock).__name__ else scheduler.config.prediction_type
         if self.kind not in ("flow_prediction", "epsilon", "v_prediction"):
             raise ValueError(f"{args.model}: its scheduler predicts {self.kind!r}; expected epsilon, v_prediction or a flow")
@@ -351,7 +353,7 @@ class Generator:
         Eq. 14 of arXiv 2311.12908 as its authors compute it, T omega(lambda_t) and the number of elements folded into beta."""
         x, t, target, prompts = batch
         predicted = predict(policy or self.pipe, x, t, grad=policy is None, prompt=prompts * 2, **self.call)
-        error = (predicted.float() - target).pow(2).flatten(1).mean(1).unflatten(0, (2, -1))
+        error = (predicted.double() - target).pow(2).flatten(1).mean(1).unflatten(0, (2, -1))       # whose last digits beta magnifies
         return -error / 2, {"error/winner": error[0].detach(), "error/loser": error[1].detach()}
 
     @torch.no_grad()

@@ -600,7 +600,7 @@ class Tap:
             stock.set_timesteps(*args, **kwargs)
             sigmas, timesteps = getattr(stock, "sigmas", None), stock.timesteps
             if self.grid is not None:                                           # exactly these timesteps, (S,) or (S, B)
-                sigmas, timesteps = torch.cat([self.grid, 0 * self.grid[:1]]) / stock.config.num_train_timesteps, self.grid
+                timesteps = self.grid
             elif self.keep is not None:                                         # these steps of the stock schedule
                 sigmas, timesteps = torch.cat([sigmas[self.keep], sigmas[-1:]]), timesteps[self.keep]
             self.sigmas, self.timesteps, self.i = sigmas, timesteps, -1
@@ -671,6 +671,9 @@ def run(pipe, visit=None, x=None, keep=None, grid=None, grad=False, autocast=Non
 def predict(pipe, x, t, grad=True, **kwargs):
     """What the policy predicts (velocity, epsilon or v, as its scheduler says) at latents x and timestep t, () or (B,), after the pipeline's own
     guidance. For epsilon and v, x preserves variance, sqrt(acp) x0 + sqrt(1 - acp) noise, whatever the scheduler."""
+    if t.ndim and (pipe.config.get("boundary_ratio") or pipe.config.get("expand_timesteps")):       # Wan 2.2 takes one timestep a call
+        rows = [{**kwargs, "prompt": [prompt]} for prompt in kwargs["prompt"]]
+        return torch.cat([predict(pipe, x[i:i + 1], t[i], grad, **row) for i, row in enumerate(rows)])
     seen = []
 
     def visit(i, x, v):
@@ -718,7 +721,9 @@ def encode_media(pipe, media, **size):
     if not size and len(sizes := {frame.size for frames in media for frame in frames}) > 1:
         raise ValueError(f"media of different sizes, as {sorted(sizes)[:2]}: pass --pipe-arg height=... width=..., to which they are brought")
     deep, video = any(p.ndim == 5 for p in vae.parameters()), hasattr(pipe, "video_processor")               # deep: convolves over time
-    pixels = pipe.video_processor.preprocess_video(media, **size) if video else pipe.image_processor.preprocess([frames[0] for frames in media], **size)
+    processor = pipe.video_processor if video else pipe.image_processor
+    media = [[processor.resize(frame, *processor.get_default_height_width(frame, **size)) for frame in frames] for frames in media]
+    pixels = processor.preprocess_video(media) if video else processor.preprocess([frames[0] for frames in media])
     if video and not deep:
         pixels = rearrange(pixels, "b c f h w -> (b f) c h w")
     elif deep and not video:
