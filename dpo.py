@@ -1,16 +1,23 @@
-"""Prefer: direct preference optimisation of a judge on pairs of its own verdict traces.
+"""Prefer: direct preference optimisation of a judge on pairs of its own verdict traces, or of a generator on pairs of images or videos.
 
     python dpo.py                                                      the toy judge that sft.py made
+    python dpo.py --task generator                                     the toy generator, on pairs that were sifted from its samples
     torchrun --nproc_per_node=8 dpo.py --model JUDGE --data pairs.jsonl --lora-rank 64 --optim adamw --lr 5e-6
+    torchrun --nproc_per_node=8 dpo.py --task generator --model stabilityai/sdxl-turbo --data pairs.jsonl --eval-data held_out.txt \\
+        --eval-num 16 --beta 5000 --lora-rank 64 --lr 1e-5 --batch-size 4 --pipe-arg height=512 width=512 guidance_scale=0 num_inference_steps=1
 
-From preference pairs, people's choices between two images: the judge writes several traces a pair, traces with the right winner
-are preferred to traces with the wrong one (data.rank_traces), and the margin between them is widened. From preference records,
-{"chosen", "rejected"}, as they are. The reference is the judge before: adapters off, or a frozen copy when all weights train.
-Legend: B pairs, T tokens, V vocabulary.
+One loop and one loss: the margin between the chosen and the rejected is widened against the reference, the policy before: adapters off,
+or a frozen copy when all weights train.
+judge      From pairs, people's choices between two images: it writes several traces a pair, traces with the right winner are preferred to
+           traces with the wrong one (data.rank_traces). From preference records, {"chosen", "rejected"}, as they are.
+generator  From pairs: Diffusion-DPO (arXiv 2311.12908), where minus half the denoising error stands for the log-probability; pipelines that
+           predict epsilon, v or the velocity of a flow.
+Legend: B pairs, T tokens, V vocabulary, C F H W latent of F frames.
 """
 import argparse
 import contextlib
 import copy
+import inspect
 import random
 import time
 from pathlib import Path
@@ -20,47 +27,54 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from data import batch_indices, build_preferences, comparison, encode, open_records, read_records, write_jsonl, WINNERS
-from reward import Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict
-# toolbox from sft.py; paste that block here to stand alone
-from sft import (Log, adapters_off, draw_curves, draw_verdict, enter, gather, has_bf16, load_checkpoint, make_optimizers, optimizer_step,
-                 peak_gib, prepare_training, save_adapter, save_checkpoint, save_whole, set_lr, shard, start_ranks, token_logps, total, trainable)
+from data import (batch_indices, build_preferences, comparison, encode, know_toy_classes, open_records, read_records, toy_models, toy_world, write_jsonl,
+                  WINNERS)
+from reward import Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
+# toolbox and driver from sft.py; paste those blocks here to stand alone
+from sft import (Log, adapters_off, denoisers, draw_curves, draw_grid, draw_verdict, encode_media, enter, gather, generator, has_bf16, load_checkpoint,
+                 load_pipeline, make_optimizers, optimizer_step, peak_gib, pipe_arg, predict, prepare_training, sample_media, save_adapter, save_checkpoint,
+                 save_pipeline, save_whole, seeded_noise, set_lr, shard, start_ranks, token_logps, total, trainable)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     # model
-    add("--model", default="out/judge-sft/model", help="folder or hub id of the judge to start from")
+    add("--task", choices=["judge", "generator"], default="judge", help="what is trained: a judge or a diffusers pipeline")
+    add("--model", help="folder or hub id to start from  [out/judge-sft/model, out/generator-sft/model]")
     add("--template", help="file with the judge's instruction, {prompt} and {medium} in it; default: the model's own, or reward.TEMPLATE")
     # data
-    add("--data", default="toy", help="JSONL of pairs, to sample traces for, or of preferences; toy: pairs made as needed")
-    add("--data-num", type=int, default=800, help="pairs that traces are sampled for")
+    add("--data", help="JSONL of pairs (for a judge to sample traces for) or of preferences; toy: pairs made as needed  [toy, out/sift/pairs.jsonl]")
+    add("--data-num", type=int, default=800, help="pairs that traces are sampled for; toy pairs for a generator")
     add("--num-traces", type=int, default=4, help="traces per pair")
     add("--temperature", type=float, default=.7, help="of the sampled traces")
-    add("--eval-data", default="toy:test", help="JSONL of pairs that are not trained on")
-    add("--eval-num", type=int, default=400, help="records of it that are used, before and after")
+    add("--eval-data", default="toy:test", help="JSONL of pairs (judge) or prompts (generator) that are not trained on")
+    add("--eval-num", type=int, help="records of it that are used, before and after  [judge 400, generator 1024]")
     add("--judge-batch", type=int, help="pairs judged at a time  [200, where verdicts are long 16]")
     add("--max-tokens", type=int, default=8192, help="a longer record is refused, never cut")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
+    # generator
+    add("--pipe-arg", type=pipe_arg, nargs="*", default=[], help="key=value for the pipeline's call, as height=512; guidance is off in training unless "
+        "guidance_scale is among them")
+    add("--sigma-mean", type=float, default=1.5, help="noise levels are sigmoid(N(this, 1))")
     # lora
-    add("--lora-rank", type=int, default=16, help="0: all weights are trained, against a frozen copy")
+    add("--lora-rank", type=int, help="0: all weights are trained, against a frozen copy  [judge 16, generator 32]")
     add("--lora-alpha", type=float, help="default: the rank")
-    add("--lora-targets", default=r"(language|text)_model\..*_proj\w*$", help="regex on the names of linear layers")
+    add("--lora-targets", help="regex on the names of linear layers  [judge: of the language model's blocks, generator: of its denoiser's]")
     add("--adapter", help="folder of a LoRA adapter, ours or PEFT's, to train on; instead of a new one, and off in the reference")
     add("--freeze", nargs="*", default=[], choices=["vision", "projector", "language"], help="parts of the judge that stay as they are")
     add("--merge", action=flag, default=True, help="write and examine the whole model; without, a LoRA run leaves only its adapter")
     # loss
-    add("--beta", type=float, default=.3, help="strength of the tie to the reference; paper: 0.1")
+    add("--beta", type=float, help="strength of the tie to the reference  [judge .3, paper: 0.1; generator 5000, as its paper]")
     add("--precompute-ref", action=flag, default=False, help="the reference's log-probabilities of all records before training, not at every step")
     add("--share-prompt", action=flag, help="chosen and rejected after one copy of images and prompt  [where the model can]")
     # optim
     add("--optim", choices=["adamw", "muon"], default="adamw")
-    add("--lr", type=float, default=3e-4, help="peak learning rate")
+    add("--lr", type=float, help="peak learning rate  [judge 3e-4, generator 1e-3]")
     add("--weight-decay", type=float, default=0.0)
     add("--warmup-steps", type=int, default=5)
-    add("--max-steps", type=int, default=60, help="optimizer steps")
-    add("--batch-size", type=int, default=16, help="pairs per rank per micro-step")
+    add("--max-steps", type=int, help="optimizer steps  [judge 60, generator 300]")
+    add("--batch-size", type=int, help="pairs per rank per micro-step  [judge 16, generator 64]")
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
     add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
     # run
@@ -70,18 +84,41 @@ def parse_args(argv=None):
     add("--compile", action=flag, default=False, help="torch.compile each block")
     add("--max-new-tokens", type=int, help="longest verdict written  [toy data 256, else 2048]")
     add("--seed", type=int, default=0)
-    add("--out", default="out/judge-dpo", help="run folder")
+    add("--out", help="run folder  [out/judge-dpo, out/generator-dpo]")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
     args = parser.parse_args(argv)
-    args.max_new_tokens = args.max_new_tokens or (256 if args.data.split(":")[0] == "toy" else 2048)
-    for name, value in dict(lora_alpha=args.lora_rank, bf16=has_bf16(), judge_batch=200 if args.max_new_tokens <= 256 else 16).items():
+    args.pipe_arg = dict(args.pipe_arg)
+    judge = args.task == "judge"
+    if not judge and (args.adapter or args.precompute_ref):
+        parser.error("--adapter and --precompute-ref are for judges: a generator is asked at new noise levels in every step")
+    defaults = dict(model=f"out/{args.task}-sft/model", data="toy" if judge else "out/sift/pairs.jsonl", out=f"out/{args.task}-dpo",
+                    eval_num=400 if judge else 1024, lora_rank=16 if judge else 32, beta=.3 if judge else 5000, lr=3e-4 if judge else 1e-3,
+                    max_steps=60 if judge else 300, batch_size=16 if judge else 64, bf16=has_bf16(),
+                    lora_targets=r"(language|text)_model\..*_proj\w*$" if judge else
+                    r"blocks\.\d+\..*(to_(q|k|v|out\.0)|add_(q|k|v)_proj|to_add_out|proj_mlp|proj_out|net\.(0\.proj|2))$")
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+    args.max_new_tokens = args.max_new_tokens or (256 if args.data.split(":")[0] == "toy" else 2048)
+    args.judge_batch = args.judge_batch or (200 if args.max_new_tokens <= 256 else 16)
     return args
 
 
-# ---------------------------------------------------------------- the log-probabilities of two responses
+# ---------------------------------------------------------------- the loss
+
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """(losses, chosen rewards, rejected rewards), each (B,), from the log-probabilities of two responses or samples, (B,).
+
+    Eq. 7 of arXiv 2305.18290: -log sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))). Equal policy and
+    reference give ln 2. A reward is beta times the log-ratio to the reference.
+    """
+    chosen_rewards, rejected_rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards.detach(), rejected_rewards.detach()
+
+
+# ---------------------------------------------------------------- the judge: log-probabilities of two responses
 
 def can_share_prompt(model):
     """Whether the model's attention may be masked at will: no layer is recurrent or has a sliding window."""
@@ -130,18 +167,6 @@ def response_logps(model, batch):
     return out, torch.zeros_like(out).index_put((side, row % num), torch.ones_like(logps), accumulate=True)
 
 
-# ---------------------------------------------------------------- the loss
-
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
-    """(losses, chosen rewards, rejected rewards), each (B,), from summed log-probabilities (B,).
-
-    Eq. 7 of arXiv 2305.18290: -log sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))). Equal policy and
-    reference give ln 2. A reward is beta times the log-ratio to the reference.
-    """
-    chosen_rewards, rejected_rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
-    return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards.detach(), rejected_rewards.detach()
-
-
 def sample_preferences(args, judge, ranks):
     """The preference records made of the pairs of --data, whose traces the ranks sample in shares. They are kept in --out/preferences.jsonl."""
     path = Path(args.out, "preferences.jsonl")
@@ -163,83 +188,233 @@ def sample_preferences(args, judge, ranks):
     return read_records(path, "preference")
 
 
-def main(argv=None):
-    args, ranks = parse_args(argv), start_ranks()
-    if args.model.startswith("out/") and not Path(args.model).exists():
-        raise SystemExit(f"{args.model} is not there yet. Make the judge first: python sft.py")
-    ready = Path(args.data).is_file() and '"chosen"' in open(args.data).readline()
-    held_out = open_records(args.eval_data, "pair", args.eval_num, 1) if ranks.rank == 0 else []
-    held_out = [held_out[i] for i in range(min(len(held_out), args.eval_num))]
-    labels = [WINNERS[p["winner"]] for p in held_out]
+class Judge:
+    """Any image-text-to-text model of transformers, on preference records or pairs. `before` is its exam on held-out pairs."""
+    window, adapter_file, curves, unit = 8, "adapter_model.safetensors", ["loss", "rewards/margin", "rewards/accuracy"], "pairs"
 
-    def evaluate(judge):
-        return evaluate_judge(judge, [comparison(p) for p in held_out], labels, random.Random(0))
+    def __init__(self, args, ranks):
+        self.args, self.ranks = args, ranks
+        ready = Path(args.data).is_file() and '"chosen"' in open(args.data).readline()
+        self.held_out = open_records(args.eval_data, "pair", args.eval_num, 1) if ranks.rank == 0 else []
+        self.held_out = [self.held_out[i] for i in range(min(len(self.held_out), args.eval_num))]
+        template = args.template and Path(args.template).read_text()
+        judge = LocalJudge(args.model, template=template, batch_size=args.judge_batch, max_new_tokens=args.max_new_tokens)
+        self.before = self.exam(judge) if ranks.rank == 0 else None
+        self.records = read_records(args.data, "preference", args.skip_bad) if ready else sample_preferences(args, judge, ranks)
+        del judge                                                               # its memory is the training's now
+        torch.manual_seed(args.seed)
+        lora = args.lora_rank or args.adapter
+        half = ranks.device.type == "cuda" and args.bf16 and lora               # what LoRA freezes is bfloat16, what trains float32
+        judge = LocalJudge(args.model, template=template, device="cpu" if args.fsdp else ranks.device, dtype=torch.bfloat16 if half else torch.float32)
+        self.model, self.processor, self.template = judge.model, judge.processor, judge.templates[Comparison] or TEMPLATE
+        self.model.set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
+        self.share = can_share_prompt(self.model) if args.share_prompt is None else args.share_prompt
+        self.modules, self.reference, self.table = {"base_model.model.": self.model}, self.model, None
+        if not lora and not args.precompute_ref:
+            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+            shard(self.reference, ranks, args.fsdp, args.bf16)
+        prepare_training(self.model, ranks, args.lora_rank, args.lora_alpha, args.lora_targets, args.adapter, args.freeze, args.grad_ckpt,
+                         args.compile, args.fsdp, args.bf16)
+        if args.precompute_ref:                                                 # every rank does as many batches, so that none waits in vain
+            shares = [range(len(self.records))[i:i + args.batch_size] for i in range(0, len(self.records), args.batch_size)]
+            rounds = [shares[(i + ranks.rank) % len(shares)] for i in range(0, len(shares), ranks.world)]
+            found = [(list(part), self.reference_logps(self.batch(part)).cpu()) for part in tqdm(rounds, desc="reference", disable=ranks.rank > 0)]
+            self.table = torch.empty(2, len(self.records), dtype=torch.float64)
+            for part, values in gather(found, ranks):
+                self.table[:, part] = values
 
-    template = args.template and Path(args.template).read_text()
-    judge = LocalJudge(args.model, template=template, batch_size=args.judge_batch, max_new_tokens=args.max_new_tokens)
-    before = evaluate(judge) if ranks.rank == 0 else None
-    records = read_records(args.data, "preference", args.skip_bad) if ready else sample_preferences(args, judge, ranks)
-    del judge                                                                   # its memory is the training's now
-    torch.manual_seed(args.seed)
-    lora = args.lora_rank or args.adapter
-    half = ranks.device.type == "cuda" and args.bf16 and lora                   # what LoRA freezes is bfloat16, what trains float32
-    judge = LocalJudge(args.model, template=template, device="cpu" if args.fsdp else ranks.device, dtype=torch.bfloat16 if half else torch.float32)
-    model, processor, template = judge.model, judge.processor, judge.templates[Comparison] or TEMPLATE
-    model.set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
-    share = can_share_prompt(model) if args.share_prompt is None else args.share_prompt
-    reference = None
-    if not lora and not args.precompute_ref:
-        reference = copy.deepcopy(model).requires_grad_(False).eval()
-        shard(reference, ranks, args.fsdp, args.bf16)
-    prepare_training(model, ranks, args.lora_rank, args.lora_alpha, args.lora_targets, args.adapter, args.freeze, args.grad_ckpt,
-                     args.compile, args.fsdp, args.bf16)
-    params = trainable(model)
+    def batch(self, indices, step=0):
+        """(the indices, what response_logps takes, the share of padding) for these records."""
+        pairs = [self.records[i] for i in indices]
+        responses = [(p["chosen"], p["rejected"]) for p in pairs] if self.share else [(p[k],) for k in ("chosen", "rejected") for p in pairs]
+        batch = encode(self.processor, pairs if self.share else pairs * 2, responses, self.template, self.args.max_tokens)
+        return list(indices), {k: v.to(self.ranks.device) for k, v in batch.items()}, 1 - batch["attention_mask"].float().mean().item()
 
-    def forward(policy, pairs):
-        """response_logps of some records, and the share of padding in their batch."""
-        responses = [(p["chosen"], p["rejected"]) for p in pairs] if share else [(p[k],) for k in ("chosen", "rejected") for p in pairs]
-        batch = encode(processor, pairs if share else pairs * 2, responses, template, args.max_tokens)
-        padding = 1 - batch["attention_mask"].float().mean().item()
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bf16):
-            return *enter(policy, response_logps, {k: v.to(ranks.device) for k, v in batch.items()}), padding
+    def logps(self, batch, policy=None):
+        """((2, B) of chosen and rejected, what else to log of each pair)."""
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.args.bf16):
+            logps, lengths = enter(policy or self.model, response_logps, batch[1])
+        return logps, {"nll": -logps[0] / lengths[0], "padding": torch.full_like(logps[0], batch[2])}
 
     @torch.no_grad()
-    def reference_logps(pairs):
-        with adapters_off(model) if lora else contextlib.nullcontext():
-            return forward(reference or model, pairs)[0]                        # (2, B)
+    def reference_logps(self, batch):
+        if self.table is not None:
+            return self.table[:, batch[0]].to(self.ranks.device)
+        with adapters_off(self.model) if self.args.lora_rank or self.args.adapter else contextlib.nullcontext():
+            return self.logps(batch, self.reference)[0]
 
-    ref_table = None
-    if args.precompute_ref:                                                     # every rank does as many batches, so that none waits in vain
-        shares = [range(len(records))[i:i + args.batch_size] for i in range(0, len(records), args.batch_size)]
-        rounds = [shares[(i + ranks.rank) % len(shares)] for i in range(0, len(shares), ranks.world)]
-        found = [(list(part), reference_logps([records[i] for i in part]).cpu()) for part in tqdm(rounds, desc="reference", disable=ranks.rank > 0)]
-        ref_table = torch.empty(2, len(records), dtype=torch.float64)
-        for part, values in gather(found, ranks):
-            ref_table[:, part] = values
+    def exam(self, judge):
+        labels = [WINNERS[p["winner"]] for p in self.held_out]
+        return {**evaluate_judge(judge, [comparison(p) for p in self.held_out], labels, random.Random(0)), "labels": labels}
+
+    def evaluate(self, out):
+        """The exam again, and verdict.png: before and after on a pair that was mended, if any. Rank 0's."""
+        if self.ranks.rank:
+            return None
+        before, after = self.before, self.exam(LocalJudge(out / "model", batch_size=self.args.judge_batch, max_new_tokens=self.args.max_new_tokens))
+        right = [[v.winner and (3 - v.winner if flip else v.winner) == label for v, flip, label in zip(d["verdicts"], d["flipped"], d["labels"])]
+                 for d in (before, after)]
+        mended = [i for i in range(len(self.held_out)) if right[1][i] and not right[0][i]]       # shown: one whose categories stayed, if any
+        stayed = [sum(a.winner == b.winner for a, b in zip(*(d["verdicts"][i].categories for d in (before, after)))) for i in mended]
+        shown = mended[stayed.index(max(stayed))] if mended else 0
+        pair = comparison(self.held_out[shown], swap=before["flipped"][shown])
+        texts = [f"{when}\n\n{format_verdict(d['verdicts'][shown], pair.prompt)}" for when, d in (("before", before), ("after", after))]
+        draw_verdict(pair.media_1 + pair.media_2, texts, out / "verdict.png")
+        return after
+
+    def save(self, folder):
+        save_whole(lambda: self.model.save_pretrained(folder), [self.model], self.ranks)
+        if self.ranks.rank == 0:
+            self.processor.save_pretrained(folder)
+            Path(folder, "template.txt").write_text(self.template)
+
+
+# ---------------------------------------------------------------- the generator: denoising errors of two samples
+
+class Generator:
+    """A diffusers pipeline that denoises a VAE's latents, on pairs of images or videos, which are encoded once, before training. `before`
+    are the numbers of its samples for held-out prompts."""
+    window, adapter_file, unit = 1, "pytorch_lora_weights.safetensors", "samples"
+    curves = ["loss", "rewards/margin", "rewards/accuracy", "error/winner", "error/loser", "grad_norm"]
+
+    def __init__(self, args, ranks):
+        self.args, self.ranks = args, ranks
+        know_toy_classes(args.model)
+        half = ranks.device.type == "cuda" and args.bf16 and args.lora_rank
+        self.pipe = pipe = load_pipeline(args.model, ranks.device, torch.bfloat16 if half else torch.float32)
+        if type(pipe.vae).__module__ == "toy_models":
+            args.pipe_arg = {**toy_models().PIPE_ARGS, **args.pipe_arg}
+        models, scheduler = denoisers(pipe), pipe.scheduler
+        if args.fsdp and len(models) > 1:
+            raise ValueError("--fsdp: ranks at different noise levels would gather the shards of different experts. Train without it")
+        self.kind = "flow_prediction" if "FlowMatch" in type(scheduler.stock).__name__ else scheduler.config.prediction_type
+        if self.kind not in ("flow_prediction", "epsilon", "v_prediction"):
+            raise ValueError(f"{args.model}: its scheduler predicts {self.kind!r}; expected epsilon, v_prediction or a flow")
+        embedded = any(m.config.get("guidance_embeds") or m.config.get("time_cond_proj_dim") for m in models.values())      # then it is an input like others
+        self.call = dict(autocast=torch.bfloat16 if args.bf16 else None, **({} if embedded else {"guidance_scale": 0}) | args.pipe_arg)
+        records = open_records(args.data, "pair", args.data_num, args.seed, args.skip_bad)
+        self.records = [r for r in (records[i] for i in range(len(records))) if WINNERS[r["winner"]]]
+        if ranks.rank == 0:
+            print(f"{args.data}: {len(self.records)} pairs, {len(records) - len(self.records)} ties are dropped", flush=True)
+        if not self.records:
+            raise ValueError(f"{args.data} holds nothing but ties: there is nothing to prefer")
+        self.latents = self.encode_pairs()
+        self.held_out = open_records(args.eval_data, "prompt", args.eval_num, 7)
+        self.held_out = [self.held_out[i] for i in range(min(len(self.held_out), args.eval_num))]
+        self.before = self.sample()
+        torch.manual_seed(args.seed)
+        self.modules, self.reference = {f"{name}.": model for name, model in models.items()}, copy.copy(pipe)
+        for name, model in models.items():
+            if not args.lora_rank:
+                frozen = vars(self.reference)[name] = copy.deepcopy(model).requires_grad_(False)
+                shard(frozen, ranks, args.fsdp, args.bf16)
+            prepare_training(model, ranks, args.lora_rank, args.lora_alpha, args.lora_targets, grad_ckpt=args.grad_ckpt, compile=args.compile,
+                             fsdp=args.fsdp, bf16=args.bf16)
+            model.eval()                                                        # dropout would part policy and reference
+
+    def encode_pairs(self, chunk=32):
+        """Clean latents of all records, (N, 2, ...) on the CPU, winners first. The ranks encode shares, `chunk` pairs at a time."""
+        size = {k: v for k, v in self.args.pipe_arg.items() if k in ("height", "width")}
+        option = inspect.signature(type(self.pipe).__call__).parameters.get("num_frames")
+        num_frames, latents = self.args.pipe_arg.get("num_frames", option.default) if option else 1, {}
+
+        def frames_of(record, path):
+            frames = load_media(path, num_frames + 1)
+            if len(frames) != num_frames:
+                raise ValueError(f"{record.get('where', 'a record')}: {path} has {'more' if len(frames) > num_frames else len(frames)} frames, "
+                                 f"{type(self.pipe).__name__} makes {num_frames}. Cut it, or pass --pipe-arg num_frames=... to a video pipeline")
+            return frames
+
+        for start in range(0, len(self.records), chunk * self.ranks.world):
+            mine = range(len(self.records))[start + self.ranks.rank:start + chunk * self.ranks.world:self.ranks.world]
+            media = [frames_of(r, m) for r in (self.records[i] for i in mine) for m in (r.get("videos") or r["images"])[::3 - 2 * WINNERS[r["winner"]]]]
+            found = encode_media(self.pipe, media, **size).cpu().unflatten(0, (-1, 2)) if mine else []
+            latents.update(gather(zip(mine, found), self.ranks))
+        return torch.stack([latents[i] for i in range(len(self.records))])
+
+    def batch(self, indices, step):
+        """(latents (2B, ...), winners first, their timesteps (2B,), what should be predicted there, prompts). Noise and timestep are
+        functions of (seed, step, record), the same for winner and loser."""
+        x0, seed, scheduler = self.latents[indices], self.args.seed, self.pipe.scheduler                        # (B, 2, ...)
+        noise = torch.stack([seeded_noise(x0.shape[2:], seed, step, i) for i in indices])[:, None].expand_as(x0)
+        if self.kind == "flow_prediction":                                      # x = (1 - sigma) x0 + sigma noise
+            b = torch.stack([seeded_noise((), seed, step, i, "sigma") for i in indices]).add(self.args.sigma_mean).sigmoid()
+            t, a = b * scheduler.config.num_train_timesteps, 1 - b
+        else:                                                                   # x = sqrt(acp) x0 + sqrt(1 - acp) noise
+            t = torch.stack([torch.randint(scheduler.config.num_train_timesteps, (), generator=generator(seed, step, i, "t")) for i in indices])
+            a, b = (z[t].sqrt() for z in (scheduler.alphas_cumprod.cpu(), 1 - scheduler.alphas_cumprod.cpu()))
+        a, b = (z.view(-1, *[1] * (x0.ndim - 1)) for z in (a, b))
+        target = {"flow_prediction": noise - x0, "epsilon": noise, "v_prediction": a * noise - b * x0}[self.kind]
+        x, target = (z.transpose(0, 1).flatten(0, 1).to(self.ranks.device) for z in (a * x0 + b * noise, target))
+        return x, t.repeat(2).to(self.ranks.device), target, [self.records[i]["prompt"] for i in indices]
+
+    def logps(self, batch, policy=None):
+        """((2, B) of winner and loser, what else to log of each pair): minus half the mean squared denoising error, by which dpo_loss is
+        Eq. 14 of arXiv 2311.12908 as its authors compute it, T omega(lambda_t) and the number of elements folded into beta."""
+        x, t, target, prompts = batch
+        predicted = predict(policy or self.pipe, x, t, grad=policy is None, prompt=prompts * 2, **self.call)
+        error = (predicted.double() - target).pow(2).flatten(1).mean(1).unflatten(0, (2, -1))       # whose last digits beta magnifies
+        return -error / 2, {"error/winner": error[0].detach(), "error/loser": error[1].detach()}
+
+    @torch.no_grad()
+    def reference_logps(self, batch):
+        with adapters_off(*self.modules.values()) if self.args.lora_rank else contextlib.nullcontext():
+            return self.logps(batch, self.reference)[0]
+
+    def sample(self):
+        """Samples for the held-out prompts by the stock sampler, the work split over the ranks, and in the toy world what is true of them."""
+        num, world = len(self.held_out), self.ranks.world
+        mine = [i % num for i in range(self.ranks.rank, -(-num // world) * world, world)]                       # equally many
+        options = dict(autocast=self.call["autocast"], **self.args.pipe_arg)
+        media = sample_media(self.pipe, [self.held_out[i]["prompt"] for i in mine], [7 * 1_000_003 + i for i in mine], 2 * self.args.batch_size, **options)
+        media = [frames for _, frames in sorted(dict(gather(zip(mine, media), self.ranks)).items())]
+        truth = toy_world().truth(self.held_out, [frames[0] for frames in media]) if "toy_prompt" in self.held_out[0] else {}
+        return {**truth, "media": media}
+
+    def evaluate(self, out):
+        """The samples again, and before_after.png: the same prompts and seeds, a row before and a row after."""
+        after = self.sample()
+        rows = [[frames[len(frames) // 2] for frames in d["media"][i:i + 12]] for i in range(0, min(len(self.held_out), 48), 12) for d in (self.before, after)]
+        if self.ranks.rank == 0:
+            draw_grid(rows, out / "before_after.png")
+        return after
+
+    def save(self, folder):
+        save_whole(lambda: save_pipeline(self.pipe, folder), self.modules.values(), self.ranks)
+
+
+# ---------------------------------------------------------------- the loop
+
+def main(argv=None):
+    args, ranks = parse_args(argv), start_ranks()
+    sft = "python sft.py" + " --task generator" * (args.task == "generator")
+    for path, command in ((args.model, sft), (args.data, "python data.py sift")):
+        if path.startswith("out/") and not Path(path).exists():
+            raise SystemExit(f"{path} is not there yet. Make it first: {command}")
+    task = Judge(args, ranks) if args.task == "judge" else Generator(args, ranks)
+    params = {prefix + name: p for prefix, module in task.modules.items() for name, p in trainable(module).items()}
     optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
     first = load_checkpoint(args.out, params, optimizers, vars(args), ranks) if args.resume else 0
     log = Log(args.out, vars(args), ranks, first)
 
     per_step = args.batch_size * args.accumulation * ranks.world
     if ranks.rank == 0:
-        print(f"{sum(p.numel() for p in params.values()) / 1e6:.2f}M trained parameters, {len(records)} preferences, "
+        print(f"{args.task}: {sum(p.numel() for p in params.values()) / 1e6:.2f}M trained parameters, {len(task.records)} preferences, "
               f"{per_step} a step = {args.batch_size} x {args.accumulation} accumulated x {ranks.world} ranks", flush=True)
     bar = tqdm(range(first, args.max_steps), initial=first, total=args.max_steps, disable=ranks.rank > 0)
     for step in bar:
         began, sums = time.time(), {}
         lr = set_lr(optimizers, args.lr, step, args.warmup_steps, args.max_steps)
-        indices = batch_indices(records, per_step, step, args.seed, window=8)[ranks.rank::ranks.world]
+        indices = batch_indices(task.records, per_step, step, args.seed, task.window)[ranks.rank::ranks.world]
         for i in range(0, len(indices), args.batch_size):
-            mine = indices[i:i + args.batch_size]
-            pairs = [records[k] for k in mine]
-            ref_chosen, ref_rejected = reference_logps(pairs) if ref_table is None else ref_table[:, mine].to(ranks.device)
-            (chosen, rejected), lengths, padding = forward(model, pairs)
-            losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
+            batch = task.batch(indices[i:i + args.batch_size], step)
+            reference = task.reference_logps(batch)                             # (2, B)
+            logps, stats = task.logps(batch)
+            losses, chosen_rewards, rejected_rewards = dpo_loss(*logps, *reference, args.beta)
             (losses.sum() / per_step).backward()
-            for name, value in {"loss": losses, "nll": -chosen / lengths[0], "rewards/chosen": chosen_rewards,
-                                "rewards/rejected": rejected_rewards, "rewards/margin": chosen_rewards - rejected_rewards,
-                                "rewards/accuracy": (chosen_rewards > rejected_rewards).float(),
-                                "padding": torch.full_like(losses, padding)}.items():
+            for name, value in {"loss": losses, "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
+                                "rewards/margin": chosen_rewards - rejected_rewards,
+                                "rewards/accuracy": (chosen_rewards > rejected_rewards).float(), **stats}.items():
                 sums[name] = sums.get(name, 0) + value.sum().item()
         grad_norm = optimizer_step(list(params.values()), optimizers, ranks, args.max_norm)
         row = {name: total(value, ranks) / per_step for name, value in sums.items()}
@@ -248,30 +423,19 @@ def main(argv=None):
         if step + 1 in (1, args.max_steps) or (step + 1) % args.save_every == 0:
             save_checkpoint(args.out, step + 1, params, optimizers, vars(args), ranks)
 
-    folder = Path(args.out, "model")
-    if lora:
-        save_adapter(Path(args.out, "adapter"), {"base_model.model.": model})
-    if merged := args.merge or not lora:
-        save_whole(lambda: model.save_pretrained(folder), [model], ranks)
+    if args.lora_rank or args.adapter:
+        save_adapter(Path(args.out, "adapter"), task.modules, task.adapter_file)
+    if merged := args.merge or not (args.lora_rank or args.adapter):
+        task.save(Path(args.out, "model"))
     if ranks.rank == 0:
-        draw_curves(log.rows, ["loss", "rewards/margin", "rewards/accuracy"], Path(args.out, "curves.png"))
+        draw_curves(log.rows, task.curves, Path(args.out, "curves.png"))
+    after = task.evaluate(Path(args.out)) if merged else None
     if ranks.rank == 0 and merged:
-        processor.save_pretrained(folder)
-        Path(folder, "template.txt").write_text(template)
-        after = evaluate(LocalJudge(folder, batch_size=args.judge_batch, max_new_tokens=args.max_new_tokens))
-        print(f"{len(held_out)} held-out pairs".ljust(24), "before   after")
-        for name, value in before.items():
-            if isinstance(value, float):
-                print(f"  {name:22s} {value:6.3f}  {after[name]:6.3f}")
-        right = [[v.winner and (3 - v.winner if flip else v.winner) == label for v, flip, label in zip(d["verdicts"], d["flipped"], labels)]
-                 for d in (before, after)]
-        mended = [i for i in range(len(labels)) if right[1][i] and not right[0][i]]              # shown: one whose categories stayed, if any
-        stayed = [sum(a.winner == b.winner for a, b in zip(*(d["verdicts"][i].categories for d in (before, after)))) for i in mended]
-        shown = mended[stayed.index(max(stayed))] if mended else 0
-        pair = comparison(held_out[shown], swap=before["flipped"][shown])
-        texts = [f"{when}\n\n{format_verdict(d['verdicts'][shown], pair.prompt)}" for when, d in (("before", before), ("after", after))]
-        draw_verdict(pair.media_1 + pair.media_2, texts, Path(args.out, "verdict.png"))
-        log.write(**{f"{name}_{when}": v for when, d in (("before", before), ("after", after)) for name, v in d.items() if isinstance(v, float)})
+        print(f"{len(task.held_out)} held-out {task.unit}".ljust(24), "before   after")
+        numbers = {name: value for name, value in task.before.items() if isinstance(value, float)}
+        for name, value in numbers.items():
+            print(f"  {name:22s} {value:6.3f}  {after[name]:6.3f}")
+        log.write(**{f"{name}_{when}": d[name] for when, d in (("before", task.before), ("after", after)) for name in numbers})
 
 
 if __name__ == "__main__":

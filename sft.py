@@ -582,6 +582,7 @@ import inspect
 import pickle
 
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from einops import rearrange
 
 
 class Done(Exception):
@@ -597,26 +598,27 @@ class Tap:
         @functools.wraps(stock.set_timesteps)                                   # pipelines inspect this signature
         def set_timesteps(*args, **kwargs):
             stock.set_timesteps(*args, **kwargs)
-            sigmas, timesteps = stock.sigmas, stock.timesteps
-            if self.grid is not None:                                           # exactly these sigmas, (S+1,) or (S+1, B)
-                sigmas, timesteps = self.grid, self.grid[:-1] * stock.config.num_train_timesteps
+            sigmas, timesteps = getattr(stock, "sigmas", None), stock.timesteps
+            if self.grid is not None:                                           # exactly these timesteps, (S,) or (S, B)
+                timesteps = self.grid
             elif self.keep is not None:                                         # these steps of the stock schedule
                 sigmas, timesteps = torch.cat([sigmas[self.keep], sigmas[-1:]]), timesteps[self.keep]
             self.sigmas, self.timesteps, self.i = sigmas, timesteps, -1
-        self.set_timesteps = set_timesteps
+
+        @functools.wraps(stock.step)
+        def step(v, timestep, x, *args, **kwargs):
+            if self.visit is None:
+                return stock.step(v, timestep, x, *args, **kwargs)
+            self.i += 1
+            x = self.visit(self.i, x, v)
+            return SchedulerOutput(prev_sample=x) if kwargs.get("return_dict", True) else (x,)
+        self.set_timesteps, self.step = set_timesteps, step
 
     def __getattr__(self, name):
         return getattr(self.__dict__["stock"], name)
 
-    def scale_model_input(self, x, timestep=None):
-        return x
-
-    def step(self, v, timestep, x, *args, **kwargs):
-        if self.visit is None:
-            return self.stock.step(v, timestep, x, *args, **kwargs)
-        self.i += 1
-        x = self.visit(self.i, x, v)
-        return SchedulerOutput(prev_sample=x) if kwargs.get("return_dict", True) else (x,)
+    def scale_model_input(self, x, timestep=None):                              # what a visit sees is scaled already
+        return x if self.visit or not hasattr(self.stock, "scale_model_input") else self.stock.scale_model_input(x, timestep)
 
 
 def prediction_type(pipe):
@@ -653,6 +655,9 @@ def install(pipe, park=False, cache_size=32):
     def prepare_latents(*args, **kwargs):
         out = stock_latents(*args, **kwargs)
         first, *rest = out if isinstance(out, tuple) else [out]
+        if tap.x is not None and tap.x.shape != first.shape:
+            raise ValueError(f"latents of shape {tuple(tap.x.shape)} where this call of the pipeline denoises {tuple(first.shape)}: the sizes of the media "
+                             "and --pipe-arg height, width and num_frames must agree")
         first = first.float() if tap.x is None else tap.x                      # pipelines round timesteps to the latents' type
         return (first, *rest) if isinstance(out, tuple) else first
 
@@ -675,7 +680,7 @@ def install(pipe, park=False, cache_size=32):
 def run(pipe, visit=None, x=None, keep=None, grid=None, grad=False, autocast=None, **kwargs):
     """One call of the pipeline under visit(i, x, v), from latents x if given; with grad, without the pipeline's no_grad.
 
-    `keep` lists the steps of the stock schedule to walk, `grid` gives sigmas instead. Returns the pipeline's output, or None if
+    `keep` lists the steps of the stock schedule to walk, `grid` gives timesteps instead. Returns the pipeline's output, or None if
     the visit left early.
     """
     tap, call = pipe.scheduler, type(pipe).__call__
@@ -691,15 +696,24 @@ def run(pipe, visit=None, x=None, keep=None, grid=None, grad=False, autocast=Non
         tap.visit = tap.x = tap.keep = tap.grid = None
 
 
-def velocity(pipe, x, sigma, grad=True, **kwargs):
-    """The policy's velocity at latents x and noise level sigma, () or (B,), after the pipeline's own guidance."""
+def predict(pipe, x, t, grad=True, **kwargs):
+    """What the policy predicts (velocity, epsilon or v, as its scheduler says) at latents x and timestep t, () or (B,), after the pipeline's own
+    guidance. For epsilon and v, x preserves variance, sqrt(acp) x0 + sqrt(1 - acp) noise, whatever the scheduler."""
+    if t.ndim and (pipe.config.get("boundary_ratio") or pipe.config.get("expand_timesteps")):       # Wan 2.2 takes one timestep a call
+        rows = [{**kwargs, "prompt": [prompt]} for prompt in kwargs["prompt"]]
+        return torch.cat([predict(pipe, x[i:i + 1], t[i], grad, **row) for i, row in enumerate(rows)])
     seen = []
 
     def visit(i, x, v):
         seen.append(v)
         raise Done
-    run(pipe, visit, x=x, grid=torch.stack([sigma, torch.zeros_like(sigma)]), grad=grad, **{**kwargs, "num_inference_steps": 1})
-    return seen[0]
+    run(pipe, visit, x=x, grid=t[None], grad=grad, **{**kwargs, "num_inference_steps": 1})
+    return seen[0] if seen[0].shape == x.shape else rearrange(seen[0], "(b f) c h w -> b c f h w", b=len(x))      # a video UNet's step sees frames
+
+
+def velocity(pipe, x, sigma, grad=True, **kwargs):
+    """The policy's velocity at latents x and noise level sigma, () or (B,), after the pipeline's own guidance."""
+    return predict(pipe, x, sigma * pipe.scheduler.config.num_train_timesteps, grad, **kwargs)
 
 
 def prepare(pipe, device, park=False):
@@ -723,6 +737,33 @@ def denoisers(pipe):
     """{name: module} of what is trained in a pipeline: its transformers or its UNet."""
     names = ("transformer", "transformer_2", "unet")
     return {n: getattr(pipe, n) for n in names if getattr(pipe, n, None) is not None}
+
+
+@torch.no_grad()
+def encode_media(pipe, media, **size):
+    """Clean latents of media, lists of PIL frames, in the shape the pipeline denoises: the VAE's mean, shifted and scaled as its configuration says,
+    and packed where the pipeline packs. An image VAE sees a video frame by frame: (B, C, F, H, W). `size`: the height and width to bring them to."""
+    vae, pack = getattr(pipe, "vae", None), getattr(pipe, "_pack_latents", None)
+    if vae is None or pack and len(inspect.signature(pack).parameters) != 5:
+        raise ValueError(f"{type(pipe).__name__} {'packs latents in a way of its own' if pack else 'has no VAE'}: its latents cannot be made from media here")
+    if not size and len(sizes := {frame.size for frames in media for frame in frames}) > 1:
+        raise ValueError(f"media of different sizes, as {sorted(sizes)[:2]}: pass --pipe-arg height=... width=..., to which they are brought")
+    deep, video = any(p.ndim == 5 for p in vae.parameters()), hasattr(pipe, "video_processor")               # deep: convolves over time
+    processor = pipe.video_processor if video else pipe.image_processor
+    media = [[processor.resize(frame, *processor.get_default_height_width(frame, **size)) for frame in frames] for frames in media]
+    pixels = processor.preprocess_video(media) if video else processor.preprocess([frames[0] for frames in media])
+    if video and not deep:
+        pixels = rearrange(pixels, "b c f h w -> (b f) c h w")
+    elif deep and not video:
+        pixels = rearrange(pixels, "b c h w -> b c 1 h w")
+    coded = vae.encode(pixels.to(pipe.device, vae.dtype))
+    x = (coded.latent_dist.mode() if hasattr(coded, "latent_dist") else coded.latent).float()
+    shift, spread = (torch.tensor(value).view(1, -1, *[1] * (x.ndim - 2)).to(x) for value in (
+        vae.config.get("latents_mean") or vae.config.get("shift_factor") or 0.0, vae.config.get("latents_std") or 1.0))
+    x = (x - shift) / spread * (vae.config.get("scaling_factor") or 1)
+    if pack:
+        return pack(x, *x.shape[:2], *x.shape[-2:])
+    return rearrange(x, "(b f) c h w -> b c f h w", b=len(media)) if video and not deep else x
 
 
 def generator(*seed):
@@ -888,15 +929,6 @@ class Judge:
 
 # ---------------------------------------------------------------- the generator: flow matching
 
-@torch.no_grad()
-def encode_images(pipe, images, **size):
-    """Clean latents of PIL images in the shape the pipeline denoises: the VAE's mean, scaled, and packed where the pipeline packs."""
-    pixels = pipe.image_processor.preprocess(images, **size).to(pipe.device)
-    config = pipe.vae.config
-    x = (pipe.vae.encode(pixels).latent_dist.mode() - (config.shift_factor or 0)) * config.scaling_factor      # (B, C, H, W)
-    return pipe._pack_latents(x, *x.shape) if hasattr(pipe, "_pack_latents") else x
-
-
 class Generator:
     """A diffusers flow-matching pipeline, on captioned images. Latents are made once, before training."""
     window, adapter_file, curves = 1, "pytorch_lora_weights.safetensors", ["loss", "grad_norm", "lr"]
@@ -913,7 +945,7 @@ class Generator:
         self.records = open_records(args.data, "image", args.data_num, args.seed, args.skip_bad)
         self.records = [self.records[i] for i in range(len(self.records))]
         size = {k: v for k, v in args.pipe_arg.items() if k in ("height", "width")}
-        self.latents = torch.cat([encode_images(self.pipe, [load_media(r.pop("images")[0])[0] for r in self.records[i:i + 256]], **size)
+        self.latents = torch.cat([encode_media(self.pipe, [load_media(r.pop("images")[0]) for r in self.records[i:i + 256]], **size)
                                   for i in range(0, len(self.records), 256)])   # (N, ...)
 
     def batch(self, indices, step):

@@ -158,14 +158,46 @@ def hunyuan_video():
     return pipe, dict(height=16, width=16, num_frames=5, guidance_scale=4.5, max_sequence_length=32, prompt_template=dict(template="{}", crop_start=0))
 
 
+BETAS = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear")
+UNET = dict(block_out_channels=(4, 8), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4)
+
+
+def sd15(**options):
+    unet = df.UNet2DConditionModel(**UNET, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                                   cross_attention_dim=32, norm_num_groups=2)
+    pipe = df.StableDiffusionPipeline(unet=unet, vae=vae(4, shift_factor=None), scheduler=df.PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1, **options),
+                                      text_encoder=clip(), tokenizer=tokenizer(), safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False)
+    return pipe, dict(height=16, width=16, guidance_scale=5.0)
+
+
+def sdxl(turbo=False):
+    unet = df.UNet2DConditionModel(**UNET, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), norm_num_groups=1,
+                                   attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+                                   transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=80, cross_attention_dim=64)
+    scheduler = (df.EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing") if turbo else
+                 df.EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"))
+    pipe = df.StableDiffusionXLPipeline(unet=unet, vae=vae(4, shift_factor=None), scheduler=scheduler, text_encoder=clip(), tokenizer=tokenizer(), tokenizer_2=tokenizer(),
+                                        text_encoder_2=clip(hf.CLIPTextModelWithProjection), image_encoder=None, feature_extractor=None)
+    return pipe, dict(height=16, width=16, guidance_scale=0.0 if turbo else 5.0)
+
+
+def text_to_video():
+    unet = df.UNet3DConditionModel(**UNET, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+                                   cross_attention_dim=32, attention_head_dim=4, norm_num_groups=2)
+    pipe = df.TextToVideoSDPipeline(unet=unet, vae=vae(4, shift_factor=None), scheduler=df.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False),
+                                    text_encoder=clip(), tokenizer=tokenizer())
+    return pipe, dict(height=16, width=16, num_frames=3, guidance_scale=5.0)
+
+
 FAMILIES = {"FLUX.1": flux, "FLUX.1 true CFG": flux_true_cfg, "FLUX.1 Kontext": kontext, "FLUX.2": flux2, "SD3.5": sd3, "Qwen-Image": qwen_image, "Z-Image": z_image,
             "Sana": sana, "Wan 2.1": wan, "Wan 2.2": lambda: wan(2), "LTX": ltx, "HunyuanVideo": hunyuan_video}
+DIFFUSION = {"SD1.5": sd15, "SD2.1": lambda: sd15(prediction_type="v_prediction"), "SDXL": sdxl, "SDXL-Turbo": lambda: sdxl(turbo=True), "text-to-video": text_to_video}
 
 
 def make(family):
     """(pipeline, the arguments of a call but prompt, steps and generator). Weights that a config leaves empty are drawn as well."""
     torch.manual_seed(0)
-    pipe, args = FAMILIES[family]()
+    pipe, args = {**FAMILIES, **DIFFUSION}[family]()
     for name in ("transformer", "transformer_2"):
         module = getattr(pipe, name, None)
         for key, p in module.named_parameters() if module is not None else []:
