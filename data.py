@@ -47,23 +47,22 @@ def normalise(record):
     """The record in our own form, also from ShareGPT's "conversations" (LLaMA-Factory), TRL's "messages" or "prompt" with "chosen" and
     "rejected" or "completion", as text or messages, and Diffusion-DPO's {caption, jpg_0, jpg_1, label_0}.
 
-    What a user's turn asks becomes "instruction", after the system's turn if there is one; where it is reward.TEMPLATE about a prompt,
-    "prompt". Media are paths, data URLs, {"path"}, {"url"} or {"bytes": base64}. ValueError: a conversation of more turns, and the like."""
-    names = {"question": "instruction", "image": "images", "video": "videos", "completion": "response", "caption": "prompt"}
-    record = {new if (new := names.get(k, k)) not in record else k: v for k, v in record.items()}
+    What the user asks becomes "instruction", the system's words before it; where it is reward.TEMPLATE about a prompt, "prompt". Media are
+    paths, data URLs, {"path"}, {"url"} or {"bytes": base64}. ValueError: conversations of several turns, places without media."""
+    names = {"image": "images", "video": "videos", "completion": "response"} | ({} if "prompt" in record else {"question": "instruction", "caption": "prompt"})
+    record, inside = {names.get(k, k): v for k, v in record.items()}, []        # media that stand in messages
     if "jpg_0" in record:
         winner = {1: "Image 1", 0: "Image 2", .5: "Tie"}.get(label := record.pop("label_0", None))
         if winner is None:
             raise ValueError(f"'label_0' is {label!r}. Expected 1, where jpg_0 is preferred, 0 or 0.5.")
-        record |= {"images": [record.pop("jpg_0"), record.pop("jpg_1", None)], "winner": winner}
-    inside = []                                      # media that the messages hold
+        record |= {"images": [record.pop("jpg_0"), record.pop("jpg_1")], "winner": winner}
 
     def turns(said):
         """[(role, text), ...] of a text, a turn or a list of turns."""
         out = []
         for turn in said if isinstance(said, list) else [said]:
             turn = {"role": "user", "content": turn} if isinstance(turn, str) else turn
-            role, content = turn.get("role") or turn.get("from"), turn["content"] if "content" in turn else turn["value"]
+            role, content = turn.get("role") or turn["from"], turn["content"] if "content" in turn else turn["value"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             inside.extend(part[part["type"]] for part in parts if part["type"] != "text" and part.get(part["type"]))
             text = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
@@ -74,26 +73,27 @@ def normalise(record):
     if asked is None and (isinstance(record.get("prompt"), list) or PLACE.search(str(record.get("prompt"))) and {"chosen", "response"} & {*record}):
         asked = record.pop("prompt")
     if asked is None and "prompt" not in record and isinstance(record.get("chosen"), list):
-        asked = record["chosen"][:-1]                # the preference's two conversations begin alike
-    asked = turns(asked or [])
+        asked = record["chosen"][:-1]                # both conversations begin alike
+    system = record.pop("system", None) if asked else None
+    asked = [("system", system)] * bool(system) + turns(asked or [])
     if asked and asked[-1][0] == "assistant":
         record["response"] = asked.pop()[1]
-    for key in {"chosen", "rejected", "response"} & {*record}:
-        record[key] = turns(record[key])[-1][1]
-    if media := record.get(name := "videos" if "videos" in record else "images") or inside:
-        media = media if isinstance(media, list) else [media]
-        record[name] = [f"data:image;base64,{m['bytes']}" if m.get("bytes") else m.get("url") or m["path"] for m in media] if isinstance(media[0], dict) else media
+    record |= {k: turns(record[k])[-1][1] for k in ("chosen", "rejected", "response") if isinstance(record.get(k), (list, dict))}
+    media = record.get(name := "videos" if "videos" in record else "images") or inside
+    media = [m if not isinstance(m, dict) else f"data:image;base64,{m['bytes']}" if m.get("bytes") else m.get("url") or m["path"]
+             for m in (media if isinstance(media, list) else [media])]
+    record |= {name: media} if media else {}
     if not asked:
         return record
-    if len(asked) > 2 or asked[-1][0] != "user" or [role for role, _ in asked[:-1]] not in ([], ["system"]):
-        raise ValueError(f"the turns are {', '.join(str(role) for role, _ in asked)}. Expected a user's and the assistant's, and a system's at most before.")
+    if [role for role, _ in asked] not in (["user"], ["system", "user"]):
+        raise ValueError(f"the turns are of {', '.join(str(role) for role, _ in asked)}. Expected one user's and one assistant's, a system's before at most.")
     text = "\n\n".join(text for _, text in asked)
-    first = re.match(rf"(\s*({PLACE.pattern}))*\s*", text)[0]
-    if not PLACE.search(rest := text[len(first):]) and len(PLACE.findall(first)) in (0, len(media or [])):
-        text = rest                                  # all in front
+    front = re.match(rf"(\s*({PLACE.pattern}))*\s*", text)[0]
+    if len(PLACE.findall(text)) == len(PLACE.findall(front)) == len(media):     # all in front need no places
+        text = text[len(front):]
     for head, tail in (instruction("{prompt}", medium).split("{prompt}") for medium in ("Image", "Video")):
-        if text.startswith(head) and text.endswith(tail) and len(media) == 2:
-            return {**record, "prompt": text[len(head):len(text) - len(tail)]}
+        if text.startswith(head) and text.rstrip().endswith(tail) and len(media) == 2:
+            return {**record, "prompt": text.rstrip()[len(head):-len(tail)]}
     return {**record, "instruction": text}
 
 
@@ -103,12 +103,18 @@ def kind_of(record):
 
 
 def check_record(record, kind, where, folder=Path()):
-    """The record with absolute media paths; ValueError names the place, what was seen and the fix."""
+    """The normalised record with absolute media paths, of whatever kind it is where that is None; ValueError names the place, what was seen
+    and the fix."""
     def expect(ok, what, fix):
         if not ok:
             raise ValueError(f"{where}: {what}. {fix}")
 
     expect(isinstance(record, dict), f"a {type(record).__name__}", "Expected one JSON object a line.")
+    try:
+        record = normalise(record)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: {error if type(error) is ValueError else f'a record of no known form ({error!r}).'}") from None
+    kind = kind or kind_of(record)
     asked = "instruction" if "instruction" in record or kind == "question" else "prompt"
     for name in [asked] + [f for f in FIELDS[kind] if f in ("response", "chosen", "rejected")]:
         value = record.get(name)
@@ -123,7 +129,8 @@ def check_record(record, kind, where, folder=Path()):
         expect(isinstance(media, list) and media and all(isinstance(m, str) for m in media), f"'{name}' is {str(media)[:100]}", "Expected a list of paths.")
         expect(want in (None, len(media)), f"'{name}' holds {len(media)} paths", f"A {kind} record needs {want}.")
         places = len(PLACE.findall(record[asked])) if want is None else 0
-        expect(places in (0, len(media)), f"{places} of <image> and <video> in the text, but {len(media)} media", "Each medium has its place, or none has.")
+        expect(places in (0, len(media) * (kind != "question")), f"{places} of <image> and <video> in the text, but {len(media)} media",
+               "Each medium has its place, or none has; those of a question to be sifted come before the text.")
         for m in media:
             expect(m.startswith("data:") or "://" not in m, f"{m[:100]} is a URL", "Download it and name the file.")
             expect(m.startswith("data:") or (folder / m).exists(), f"{folder / m} does not exist", "Paths are relative to the JSONL file.")
@@ -149,11 +156,7 @@ def read_records(path, kind, skip_bad=False):
                 record = line if table else {"prompt": line} if path.suffix == ".txt" else json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON ({error}). Each line holds one whole JSON object.") from None
-            try:
-                record = normalise(record) if isinstance(record, dict) else record
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise ValueError(f"{where}: {error if type(error) is ValueError else f'no form of record that is known ({error!r}).'}") from None
-            records.append(check_record(record, kind or kind_of(record), where, path.parent))
+            records.append(check_record(record, kind, where, path.parent))
         except ValueError as error:
             if not skip_bad:
                 raise ValueError(f"{error} Fix the line or pass --skip-bad.") from None
@@ -306,28 +309,26 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
 # Each asks a model about a chunk of source records at a time. What a chunk gives is a function of the options and its place alone.
 
 COMPARE_TEXTS = """\
-Two answers to one task about the images above follow. Decide which of the two is better: {criteria}
+Two answers to one task about the images above follow. Decide which is better. A good answer: {criteria}
 
 Task: {task}
 
-Answer 1:
-{first}
+Answer 1: {first}
 
-Answer 2:
-{second}
+Answer 2: {second}
 
 Answer with one JSON object and nothing else: {"reason": "what decides, in one or two sentences", "winner": "Answer 1 or Answer 2"}"""
-REASONING = ("what it says of each candidate can be seen there; its categories and sub-dimensions fit what this prompt asks for; its scores follow from "
-             "its reasons, each category's winner from the scores, the overall winner from the categories.")
-ANSWERING = "it is right, what it says can be seen in the images, and it answers what was asked, completely and clearly."
-SCORE_ANSWER = """\
-Rate an answer to a task about the images above: whether {criteria}
+SCORE_TEXT = """\
+Rate an answer to a task about the images above. A good answer: {criteria}
 
 Task: {task}
 
 Answer: {first}
 
 Say briefly what is right and what is not, then end with one line: Final Score: a number from 0 to 100"""
+REASONING = ("what it says of each candidate can be seen there; its categories and sub-dimensions fit this prompt; its scores follow from its reasons, each "
+             "category's winner from the scores, the overall winner from the categories.")
+ANSWERING = "it is right, what it says can be seen in the images, and it answers what was asked, completely and clearly."
 
 
 def about_texts(template, frames, **texts):
@@ -368,33 +369,33 @@ def swap_at_random(record, *seed):
 
 
 def append_rows(args, records, build):
-    """(counts of the cases that the records fell in, sums of what chunks counted), after appending what build() makes of them to --out.
+    """(counts of the cases that the records fell in, sums of what the chunks counted), after appending what build() makes of them to --out.
 
-    build(numbers of a chunk's records) -> ([(case, record or None), ...], {name: number}). OUT.progress gets a line a chunk: each record's
-    case, and how many bytes of --out there are then. A run killed at any moment goes on after the last whole line and ends in the same
-    bytes as a run left alone. Its first line holds the options: with others, `--resume` is a ValueError that names them.
+    build(numbers of a chunk's records) -> ([(case, record or None), ...], {name: number}). OUT.progress gets a line a chunk: the case of
+    each record, and how many bytes --out has then. A run killed at any moment goes on after the last whole line, and ends in the same
+    bytes as one left alone. ValueError: --out is there without --resume, or was begun with other options.
     """
-    out, progress, source = Path(args.out), Path(f"{args.out}.progress"), Path(args.file)
-    options = {k: re.sub("^https?://[^#]*", "server", v) if isinstance(v, str) else v for k, v in vars(args).items()}       # servers move
+    out, progress, source, done = Path(args.out), Path(f"{args.out}.progress"), Path(args.file), []
+    options = {k: re.sub("^https?://[^#]*", "server", v) if isinstance(v, str) else v for k, v in vars(args).items()         # servers move
+               if k not in ("out", "resume", "concurrency")}
     options["file"] = f"{source.resolve()} {hashlib.blake2b(source.read_bytes(), digest_size=8).hexdigest()}" if source.is_file() else args.file
-    options = json.loads(json.dumps({k: v for k, v in options.items() if k not in ("out", "resume", "concurrency")}))
     lines = progress.read_bytes().split(b"\n")[:-1] if progress.exists() else []            # what follows the last newline is torn
     if out.exists() and not (lines and args.resume):
-        raise ValueError(f"{out} is there already. " + ("Go on with it by --resume, or remove it." if lines else f"And no {progress}, so remove it or name another."))
-    lines = lines if args.resume else []
-    head, *done = [json.loads(line) for line in lines] or [options]
-    if changed := [f"{k} {head.get(k)!r} -> {v!r}" for k, v in options.items() if head.get(k) != v]:
-        raise ValueError(f"{out} was begun with other options: {', '.join(changed)}. Give the same ones, or another --out.")
-    end = done[-1]["end"] if done else 0
-    if (size := out.stat().st_size if out.exists() else 0) < end:
-        raise ValueError(f"{out} has {size} bytes, of {end} that {progress} knows of. Remove both and begin anew.")
+        raise ValueError(f"{out} is there already" + (". Go on with it by --resume, or remove it." if lines else f", without {progress}. Remove it or name another."))
+    if lines and args.resume:
+        head, *done = map(json.loads, lines)
+        if changed := [f"{k} {head.get(k)!r} -> {v!r}" for k, v in options.items() if head.get(k) != v]:
+            raise ValueError(f"{out} was begun with other options: {', '.join(changed)}. Give the same ones, or another --out.")
+    end, size = done[-1]["end"] if done else 0, out.stat().st_size if out.exists() else 0
+    if size < end:
+        raise ValueError(f"{out} has {size} bytes, but {progress} knows of {end}. Remove both and begin anew.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(progress, "ab") as log:
-        log.truncate(sum(len(line) + 1 for line in lines))
-        if not lines:
+    with open(progress, "ab") as log, tqdm(total=len(records), initial=min(len(done) * args.chunk, len(records)), desc=args.command) as bar:
+        log.truncate(sum(len(line) + 1 for line in lines) if args.resume else 0)
+        if not (lines and args.resume):
             log.write(json.dumps(options).encode() + b"\n")
             log.flush()
-        with open(out, "ab") as file, tqdm(total=len(records), initial=min(len(done) * args.chunk, len(records)), desc=args.command) as bar:
+        with open(out, "ab") as file:
             file.truncate(end)
             for start in range(len(done) * args.chunk, len(records), args.chunk):
                 numbers = range(start, min(start + args.chunk, len(records)))
@@ -465,38 +466,37 @@ def rank_traces(traces, winner):
 def rank_pairs(pairs, sample, num_traces, prefer=None):
     """([(case, preference record or None), ...], {"traces", "right traces"}) of some pairs.
 
-    sample(comparisons) -> texts of the policy, prefer(questions) -> texts of a judge of reasoning; without one rank_traces decides. Of
-    several right traces that judge compares the one with the fewest faults with the one with the most, in both orders, and must agree.
+    sample(comparisons) -> texts of the policy; prefer(questions) -> texts of a judge of reasoning, else rank_traces decides. Of several
+    right traces that judge is shown the one with the fewest faults and the one with the most, in both orders, and must agree with itself.
     """
-    asked = [pair for pair in pairs if pair["winner"] != "Tie"]                 # no winner to be right about
-    shown = [comparison(pair) for pair in asked]
+    shown = [comparison(pair) for pair in pairs if pair["winner"] != "Tie"]     # of a tie no trace is right
     texts = iter(sample([question for question in shown for _ in range(num_traces)]))
     found, rivals, sums = [], [], {"traces": 0, "right traces": 0}
     for pair in pairs:
-        traces = [text for _ in range(num_traces) if not isinstance(text := next(texts), Failure)] if pair["winner"] != "Tie" else []
         winner = WINNERS[pair["winner"]]
+        traces = [text for text in [next(texts) for _ in range(num_traces * (winner > 0))] if not isinstance(text, Failure)]
         sums["traces"] += len(traces)
         sums["right traces"] += sum(parse_verdict(trace).winner == winner for trace in traces)
         case, chosen, rejected = rank_traces(traces, winner) if traces else ("failure" if winner else "tie", None, None)
-        if prefer and case == "all right":
-            distinct = sorted(dict.fromkeys(traces), key=lambda trace: len(parse_verdict(trace).issues))
-            chosen, rejected = (distinct[0], distinct[-1]) if len(distinct) > 1 else (None, None)
-            rivals += [len(found)] if chosen else []
-        found.append((case if chosen else f"dropped: {case}{', alike' * (case == 'all right')}", chosen and {**pair, "chosen": chosen, "rejected": rejected, "case": case}))
-    if rivals:
-        def question(record, first, second):
-            frames = sum((load_media(m) for m in record.get("videos") or record["images"]), [])
-            task = "Two candidates were generated for this prompt. Judge which of them serves it better, by categories and with reasons. Prompt: "
-            return about_texts(COMPARE_TEXTS, frames, criteria=REASONING, task=task + record["prompt"], first=record[first], second=record[second])
+        if prefer and case == "all right" and len({*traces}) > 1:
+            chosen, *_, rejected = sorted(dict.fromkeys(traces), key=lambda trace: len(parse_verdict(trace).issues))
+            rivals.append(len(found))
+        found.append((case, {**pair, "chosen": chosen, "rejected": rejected, "case": case}) if chosen else
+                     (f"dropped: {case}{', alike' * (case == 'all right')}", None))
 
-        orders = [("chosen", "rejected"), ("rejected", "chosen")]
-        winners = [parse_verdict(text).winner for text in prefer([question(found[i][1], *order) for order in orders for i in rivals])]
-        for i, one, two in zip(rivals, winners, winners[len(rivals):]):
-            record = found[i][1]
-            if (one, two) == (2, 1):
-                record["chosen"], record["rejected"] = record["rejected"], record["chosen"]
-            elif (one, two) != (1, 2):
-                found[i] = ("dropped: all right, no agreement", None)
+    def question(record, first, second):
+        frames = [frame for m in record.get("videos") or record["images"] for frame in load_media(m)]
+        task = f"Two candidates were generated for a prompt. Judge which serves it better, by categories, with reasons and scores. Prompt: {record['prompt']}"
+        return about_texts(COMPARE_TEXTS, frames, criteria=REASONING, task=task, first=record[first], second=record[second])
+
+    asked = [question(found[i][1], *order) for order in (("chosen", "rejected"), ("rejected", "chosen")) for i in rivals]
+    winners = [parse_verdict(text).winner for text in prefer(asked)] if rivals else []
+    for i, one, two in zip(rivals, winners, winners[len(rivals):]):
+        record = found[i][1]
+        if (one, two) == (2, 1):
+            record |= {"chosen": record["rejected"], "rejected": record["chosen"]}
+        elif (one, two) != (1, 2):
+            found[i] = ("dropped: all right, no agreement", None)
     return found, sums
 
 
@@ -549,66 +549,63 @@ def best_and_worst(pairs, verdicts, scores, num):
 def sift(args):
     """Pairs of the best and the worst of N candidates that --model makes for each prompt, or preferences between N answers of a
     vision-language model to each question, as --judge finds. Picture i of a prompt is a function of (--seed, the prompt's line, i)."""
-    toy, path = args.file.split(":")[0] == "toy", Path(args.file)
-    kind = "question" if not toy and path.suffix == ".jsonl" and kind_of(read_records(path, None)[0]) == "question" else "prompt"
-    records, num, answers = open_records(args.file, kind, args.num, args.seed, args.skip_bad), args.num_candidates, kind == "question"
-    schedule_pairs(num, args.pairs)                                             # raises before anything is loaded
+    answers = Path(args.file).suffix == ".jsonl" and kind_of(read_records(args.file, None, args.skip_bad)[0]) == "question"
+    records, N = open_records(args.file, "question" if answers else "prompt", args.num, args.seed, args.skip_bad), args.num_candidates
+    schedule_pairs(N, args.pairs)                                               # raises before anything is loaded
+    judge = open_model(args, args.judge, score_template="{prompt}" if answers else args.score_template and Path(args.score_template).read_text())
     if answers:
         model = open_model(args, args.model, score_template="{prompt}")
-        judge = model if args.judge == args.model else open_model(args, args.judge, score_template="{prompt}")
     else:
-        from sft import has_bf16, load_pipeline, pipe_arg, sample_media                  # sft imports this file
+        from sft import has_bf16, load_pipeline, pipe_arg, sample_media         # sft imports this file
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         pipe_args = {**(toy_models().PIPE_ARGS if know_toy_classes(args.model) else {}), **dict(map(pipe_arg, args.pipe_arg))}
         pipe = load_pipeline(args.model, device, torch.bfloat16 if device.type == "cuda" and has_bf16() else torch.float32)
-        judge = open_model(args, args.judge, score_template=args.score_template and Path(args.score_template).read_text())
 
     def build(numbers):
         mine, lines = [records[i] for i in numbers], [line_of(records[i], i) for i in numbers]
         if answers:
-            media = [sum((load_media(m) for m in record.get("videos") or record["images"]), []) for record in mine]
-            made = ask(model, [Candidate(r["instruction"], m) for r, m in zip(mine, media) for _ in range(num)], args.temperature, args.seed, numbers.start)
+            frames = [[frame for m in record.get("videos") or record["images"] for frame in load_media(m)] for record in mine]
+            made = ask(model, [Candidate(r["instruction"], f) for r, f in zip(mine, frames) for _ in range(N)], args.temperature, args.seed, numbers.start)
         else:
-            made = sample_media(pipe, [r["prompt"] for r in mine for _ in range(num)], [(args.seed, line, k) for line in lines for k in range(num)],
+            made = sample_media(pipe, [record["prompt"] for record in mine for _ in range(N)], [(args.seed, line, i) for line in lines for i in range(N)],
                                 args.batch_size, **pipe_args)
-        made = [made[i:i + num] for i in range(0, len(made), num)]              # (B, N) texts or lists of frames
+        made = [made[i:i + N] for i in range(0, len(made), N)]                  # (B, N) texts or lists of frames
 
         def question(b, *items):
-            """About one candidate or two of record b."""
+            """About one candidate of record b, or two."""
             shown = [made[b][i] for i in items]
-            if not answers:
-                return (Candidate, Comparison)[len(items) - 1](mine[b]["prompt"], *shown)
-            return about_texts((SCORE_ANSWER, COMPARE_TEXTS)[len(items) - 1], media[b], criteria=ANSWERING, task=mine[b]["instruction"],
-                               **dict(zip(("first", "second"), shown)))
+            if answers:
+                texts = dict(zip(("first", "second"), shown))
+                return about_texts((SCORE_TEXT, COMPARE_TEXTS)[len(items) - 1], frames[b], criteria=ANSWERING, task=mine[b]["instruction"], **texts)
+            return (Candidate, Comparison)[len(items) - 1](mine[b]["prompt"], *shown)
 
-        rngs = [random.Random(repr((args.seed, line))) for line in lines]
-        if args.rank_by == "score":                                             # N / 2 comparisons, in a random order
-            meets = [[pair[::rng.choice((1, -1))] for pair in zip(range(0, num - 1, 2), range(1, num, 2))] for rng in rngs]
-        else:
-            meets = [schedule_pairs(num, args.pairs, rng) for rng in rngs]
+        meets, scores, found = [], [None] * len(mine), []
+        for line in lines:
+            rng = random.Random(repr((args.seed, line)))
+            halves = [(i, i + 1)[::rng.choice((1, -1))] for i in range(0, N - 1, 2)]            # who is shown first is a coin flip
+            meets.append(halves if args.rank_by == "score" else schedule_pairs(N, args.pairs, rng))
         texts = iter(ask(judge, [question(b, *pair) for b, pairs in enumerate(meets) for pair in pairs], 0, args.seed, numbers.start))
         verdicts = [[parse_verdict(next(texts)) for _ in pairs] for pairs in meets]
-        scores = [None] * len(mine)
         if args.rank_by == "score":
-            texts = ask(judge, [question(b, i) for b in range(len(mine)) for i in range(num)], 0, args.seed, numbers.start, "score")
+            texts = ask(judge, [question(b, i) for b in range(len(mine)) for i in range(N)], 0, args.seed, numbers.start)
             values = [parse_score(text).value for text in texts]
-            if not any(value is not None for value in values):
-                raise ValueError(f"no score in what the judge says, as {texts[0][:200]!r}. For a judge that only compares: --rank-by winrate")
-            scores = [values[i:i + num] for i in range(0, len(values), num)]
-        found = []
+            if values.count(None) == len(values):
+                raise ValueError(f"no score in what the judge says, as {texts[0][:200]!r}. With a judge that only compares: --rank-by winrate")
+            scores = [values[i:i + N] for i in range(0, len(values), N)]
         for b, record in enumerate(mine):
-            reason, best, worst = best_and_worst(meets[b], verdicts[b], scores[b], num)
-            if answers and (any(isinstance(text, Failure) for text in made[b]) or not reason and made[b][best] == made[b][worst]):
-                reason = "the same answer" if not any(isinstance(text, Failure) for text in made[b]) else "failure"
-            if reason:
-                found.append((f"dropped: {reason}", None))
-            elif answers:
+            reason, best, worst = best_and_worst(meets[b], verdicts[b], scores[b], N)
+            if any(isinstance(text, Failure) for text in made[b]):
+                reason = "failure"
+            elif not reason and made[b][best] == made[b][worst]:
+                reason = "alike"
+            if not reason and answers:
                 found.append(("kept", {**record, "chosen": made[b][best], "rejected": made[b][worst]}))
+            elif not reason:
+                media = [made[b][i] if len(made[b][i]) > 1 else made[b][i][0] for i in (best, worst)]
+                name, label = ("videos", "Video 1") if isinstance(media[0], list) else ("images", "Image 1")
+                found.append(("kept", swap_at_random({**record, name: media, "winner": label}, args.seed, lines[b], "order")))
             else:
-                video = len(made[b][best]) > 1
-                pair = [made[b][i] if video else made[b][i][0] for i in (best, worst)]
-                name, label = ("videos", "Video 1") if video else ("images", "Image 1")
-                found.append(("kept", swap_at_random({**record, name: pair, "winner": label}, args.seed, lines[b], "order")))
+                found.append((f"dropped: {reason}", None))
         return found, {}
     return append_rows(args, records, build)
 

@@ -100,10 +100,10 @@ def test_what_cannot_be_continued_is_refused(tmp_path):
         data.append_rows(args, records, build)
     args.file = "toy"
     Path(args.out).write_text("x")
-    with pytest.raises(ValueError, match=r"rows.jsonl has 1 bytes, of \d+ that .*rows.jsonl.progress knows of. Remove both"):
+    with pytest.raises(ValueError, match=r"rows.jsonl has 1 bytes, but .*rows.jsonl.progress knows of \d+. Remove both"):
         data.append_rows(args, records, build)
     Path(args.out + ".progress").unlink()
-    with pytest.raises(ValueError, match="is there already. And no .*rows.jsonl.progress, so remove it"):
+    with pytest.raises(ValueError, match="is there already, without .*rows.jsonl.progress. Remove it or name another"):
         data.append_rows(args, records, build)
 
 
@@ -371,26 +371,26 @@ def test_best_and_worst_by_hand():
 PIPE = "height=48 width=48 max_sequence_length=12 num_inference_steps=2".split()
 
 
-@pytest.mark.parametrize("how", [["--rank-by", "score"], ["--rank-by", "winrate"], ["--rank-by", "winrate", "--pairs", "ring:2"]])
-def test_sift_finds_the_reddest(how, generator_folder, tmp_path, monkeypatch, capsys):
+def test_sift_finds_the_reddest(generator_folder, tmp_path, monkeypatch, capsys):
     """Candidate i of a prompt is a function of (seed, line, i), whatever else is in the chunk."""
     import sft
     use_judges(monkeypatch, red=red_judge)
     (tmp_path / "p.txt").write_text("a red circle\n\na blue square\na blue square\n")
-    argv = ["sift", str(tmp_path / "p.txt"), "--model", generator_folder, "--judge", "red", "--num-candidates", "6", "--seed", "5", *how, "--pipe-arg", *PIPE]
-    data.main([*argv, "--out", str(tmp_path / "pairs.jsonl")])
-    assert counts(capsys.readouterr().out) == {"kept": 3}
-    pipe, found = sft.load_pipeline(generator_folder, torch.device("cpu")), data.read_records(tmp_path / "pairs.jsonl", "pair")
-    for record, line in zip(found, (1, 3, 4), strict=True):
-        made = sft.sample_media(pipe, [record["prompt"]] * 6, [(5, line, i) for i in range(6)], 1, **dict(map(sft.pipe_arg, PIPE)))
-        shown = [data.load_media(m) for m in record["images"]]
-        best, worst = shown[::1 if record["winner"] == "Image 1" else -1]
-        assert abs(red(best) - max(map(red, made))) < .1 and (how[-1] != "winrate" or abs(red(worst) - min(map(red, made))) < .1)
-        assert red(worst) < red(best)
-    data.main([*argv, "--out", str(tmp_path / "one/pairs.jsonl"), "--chunk", "1"])
-    for a, b in zip(found, data.read_records(tmp_path / "one/pairs.jsonl", "pair"), strict=True):
-        assert a["winner"] == b["winner"] and [abs(red(data.load_media(x)) - red(data.load_media(y))) < .1 for x, y in zip(a["images"], b["images"])]
-    assert len({m.read_bytes() for record in found for m in record["images"]}) == 6                 # the same prompt twice is two prompts
+    pipe = sft.load_pipeline(generator_folder, torch.device("cpu"))
+    made = [sorted((red(frames) for frames in sft.sample_media(pipe, [prompt] * 5, [(5, line, i) for i in range(5)], **dict(map(sft.pipe_arg, PIPE)))))
+            for prompt, line in (("a red circle", 1), ("a blue square", 3), ("a blue square", 4))]
+    for how, options in enumerate((["winrate"], ["winrate", "--pairs", "ring:2"], ["score"], ["score", "--chunk", "1"])):
+        out = tmp_path / f"{how}/pairs.jsonl"
+        data.main(["sift", str(tmp_path / "p.txt"), "--model", generator_folder, "--judge", "red", "--num-candidates", "5", "--seed", "5", "--out", str(out),
+                   "--pipe-arg", *PIPE, "--rank-by", *options])
+        assert counts(capsys.readouterr().out) == {"kept": 3}
+        found = data.read_records(out, "pair")
+        for record, reds in zip(found, made, strict=True):
+            best, worst = [red(data.load_media(m)) for m in record["images"]][::1 if record["winner"] == "Image 1" else -1]
+            assert min(abs(best - r) for r in reds) < .05 and min(abs(worst - r) for r in reds) < .05 and best > worst
+            assert options != ["winrate"] or (abs(best - reds[-1]) < .05 and abs(worst - reds[0]) < .05)
+        assert len({m.read_bytes() for record in found for m in record["images"]}) == 6             # the same prompt twice is two prompts
+    assert (tmp_path / "2/pairs.jsonl").read_bytes() == (tmp_path / "3/pairs.jsonl").read_bytes()   # however they are grouped
 
 
 def test_sifted_videos_are_lossless_folders_of_frames(tmp_path, monkeypatch):
@@ -418,14 +418,14 @@ def test_sift_answers_of_a_vision_language_model(tmp_path, monkeypatch, capsys):
              {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it? 2"}]}], "images": ["a.png"]},
              {"instruction": "What is it? 3", "images": ["a.png"]}]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    texts = {"0": ["red", "a red image", "r"], "1": ["same", "same", "same"], "2": ["red", Failure("x"), "re"], "3": ["x", "yy", "zzz"]}
+    texts = {"0": ["red", "a red image", "r"], "1": ["same", "also", "both"], "2": ["red", Failure("x"), "re"], "3": ["x", "yy", "zzz"]}
 
     def judge(question, temperature):
-        first, _, second = question.prompt.partition("\n\nAnswer 2:\n")
+        first, _, second = question.prompt.partition("\n\nAnswer 2: ")
         assert "right" in question.prompt and len(question.media) == 1
         if not second:
             return f"Final Score: {len(question.prompt.partition('Answer: ')[2])}"
-        first, second = first.partition("Answer 1:\n")[2], second.partition("\n\nAnswer with")[0]
+        first, second = first.partition("Answer 1: ")[2], second.partition("\n\nAnswer with")[0]
         return json.dumps({"winner": "Tie" if len(first) == len(second) else "Answer 1" if len(first) > len(second) else "Answer 2"})
 
     for how, best in (("winrate", 2), ("score", 1)):                            # by scores 0 and 1 meet, and 2 is left out
@@ -444,7 +444,7 @@ def test_sift_says_what_is_wrong_before_it_is_late(generator_folder, tmp_path, m
     use_judges(monkeypatch, judge=lambda q, t: trace(1))
     (tmp_path / "p.txt").write_text("a\n")
     argv = ["sift", str(tmp_path / "p.txt"), "--model", generator_folder, "--judge", "judge", "--out", str(tmp_path / "o.jsonl"), "--pipe-arg", *PIPE]
-    with pytest.raises(SystemExit, match="no score in what the judge says, as .*For a judge that only compares: --rank-by winrate"):
+    with pytest.raises(SystemExit, match="no score in what the judge says, as .*With a judge that only compares: --rank-by winrate"):
         data.main([*argv, "--num-candidates", "2"])
     with pytest.raises(SystemExit, match="a comparison needs at least 2"):
         data.main([*argv, "--num-candidates", "1"])
