@@ -130,7 +130,7 @@ def red_judge(question, temperature):
     return trace(1 if red(question.media_1) > red(question.media_2) else 2)
 
 
-def kill_and_resume(argv, out, kills=3):
+def kill_and_resume(argv, out, kills=4):
     """Run the command into out/whole and, killed so many times after some more chunks, into out/killed; the numbers of chunks then."""
     whole, killed, moments = out / "whole/rows.jsonl", out / "killed/rows.jsonl", []
 
@@ -152,7 +152,7 @@ def kill_and_resume(argv, out, kills=3):
     rng = random.Random(0)
     assert os.waitpid(start(whole), 0)[1] == 0, (out / "log.txt").read_text()
     while len(moments) < kills:
-        before, pid = num_chunks(), start(killed)
+        before, pid = num_chunks() + rng.randrange(3), start(killed)
         while num_chunks() <= before and os.waitpid(pid, os.WNOHANG) == (0, 0):
             time.sleep(.0005)
         time.sleep(rng.random() * .02)
@@ -170,9 +170,10 @@ def main(folder, generator):
     """Forked from one process, which has imported everything and computed nothing, so that a run takes no time to start."""
     import functools
     import sft
+    torch.set_num_threads(1)                         # a pool of threads does not survive a fork
     folder = Path(folder)
-    pairs = write_pairs(folder, *["Image 1", "Image 2"] * 20)
-    (folder / "prompts.txt").write_text("a red circle\n" * 12)
+    pairs = write_pairs(folder, *["Image 1", "Image 2"] * 30)
+    (folder / "prompts.txt").write_text("a red circle\n" * 24)
     data.open_judge = lambda name, *args, **options: lambda questions, temperature: [{"coin": coin_judge, "red": red_judge}[name](q, temperature) for q in questions]
     data.know_toy_classes(generator)
     sft.load_pipeline = functools.cache(sft.load_pipeline)
