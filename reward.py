@@ -93,10 +93,15 @@ def chat_text(processor, messages):
 
 
 def load_media(item, num_frames=8):
-    """A list of PIL images: one for an image (in memory: as it is); up to `num_frames`, sampled uniformly, of a GIF, an mp4 (or what
-    else `av` reads) or a folder of frames. ValueError names a file that cannot be read."""
+    """A list of PIL images: one for an image (in memory: as it is; a data URL); up to `num_frames`, sampled uniformly, of a GIF, an mp4
+    (or what else `av` reads) or a folder of frames. ValueError names a file that cannot be read."""
     if isinstance(item, Image.Image):
         return [item]
+    if str(item).startswith("data:"):
+        try:
+            return [Image.open(io.BytesIO(base64.b64decode(item.partition(",")[2], validate=True))).convert("RGB")]
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{item[:40]}...: not a readable image ({type(error).__name__}). Expected data:image/png;base64,...") from None
     if num_frames < 1:
         raise ValueError(f"num_frames is {num_frames}; expected at least 1")
     path, kind = Path(item), Path(item).suffix.lower()
@@ -619,7 +624,8 @@ class ServerJudge:
         def ask(number):
             (message,), images = chats[number]
             message = {"role": "user", "content": [inlined[id(image)] for image in images] + message["content"][-1:]}
-            body = json.dumps({**self.body, "messages": [message], "temperature": temperature})
+            seed = {"seed": self.body["seed"] + number} if temperature and self.body.get("seed") is not None else {}    # else all samples are one
+            body = json.dumps({**self.body, **seed, "messages": [message], "temperature": temperature})
             return self._ask(number, "/v1/chat/completions", ("choices", 0, "message", "content"), body.encode())
 
         with futures.ThreadPoolExecutor(self.concurrency) as pool:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import data
-from reward import Comparison, build_messages, load_processor
+from reward import Comparison, build_messages, data_url, instruction, load_processor
 
 
 def write(folder, *rows):
@@ -134,3 +134,126 @@ def test_frames_are_sampled_uniformly(tmp_path):
     for i in range(20):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:03d}.png")
     assert [f.getpixel((0, 0))[0] for f in data.load_media(tmp_path, 5)] == [0, 5, 10, 14, 19]
+
+
+# ---------------------------------------------------------------- what neighbours write
+
+ASK, SAY = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dot."}
+USER, REPLY = {"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A dot."}
+PARTS = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+ONE, ASKED = {"images": ["a.png"]}, {"images": ["a.png"], "instruction": "What is it?"}
+DIFFUSION = {"caption": "a cat", "jpg_0": "a.png", "jpg_1": "b.png"}
+OURS = instruction("a {cat}", "Image")
+
+
+@pytest.mark.parametrize("kind, record, expected", [
+    ("trace", {"conversations": [ASK, SAY], **ONE}, {**ASKED, "response": "A dot."}),                                   # ShareGPT
+    ("trace", {"conversations": [{"from": "system", "value": "Be brief."}, ASK, SAY], "image": "a.png"},
+     {"images": ["a.png"], "instruction": "Be brief.\n\n<image>\nWhat is it?", "response": "A dot."}),
+    ("trace", {"system": "Be brief.", "conversations": [{"from": "human", "value": "What?"}, SAY], **ONE}, {**ONE, "instruction": "Be brief.\n\nWhat?", "response": "A dot."}),
+    ("preference", {"conversations": [ASK], "chosen": SAY, "rejected": {**SAY, "value": "B"}, **ONE}, {**ASKED, "chosen": "A dot.", "rejected": "B"}),
+    ("question", {"conversations": [ASK], **ONE}, ASKED),
+    ("trace", {"messages": [USER, REPLY], **ONE}, {**ASKED, "response": "A dot."}),                                      # TRL
+    ("trace", {"messages": [PARTS, {**REPLY, "content": [{"type": "text", "text": "A dot."}]}], **ONE}, {**ASKED, "response": "A dot."}),
+    ("trace", {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}]}, REPLY]}, {**ASKED, "response": "A dot."}),
+    ("trace", {"prompt": [PARTS], "completion": [REPLY], **ONE}, {**ASKED, "response": "A dot."}),
+    ("preference", {"prompt": [USER], "chosen": [REPLY], "rejected": [{**REPLY, "content": "B"}], **ONE}, {**ASKED, "chosen": "A dot.", "rejected": "B"}),
+    ("preference", {"chosen": [USER, REPLY], "rejected": [USER, {**REPLY, "content": "B"}], **ONE}, {**ASKED, "chosen": "A dot.", "rejected": "B"}),
+    ("preference", {"prompt": "<image>What is it?", "chosen": "A dot.", "rejected": "B", **ONE}, {**ASKED, "chosen": "A dot.", "rejected": "B"}),
+    ("preference", {"prompt": "a cat", "chosen": "A dot.", "rejected": "B", "images": ["a.png", "b.png"]},
+     {"prompt": "a cat", "chosen": "A dot.", "rejected": "B", "images": ["a.png", "b.png"]}),                            # which is ours
+    ("trace", {"conversations": [{"from": "human", "value": f"<image><image>{OURS}"}, {"from": "gpt", "value": "{}"}], "images": ["a.png", "b.png"]},
+     {"prompt": "a {cat}", "images": ["a.png", "b.png"], "response": "{}"}),                                             # our question
+    ("trace", {"messages": [{"role": "user", "content": instruction("a cat", "Video")}, REPLY], "videos": ["a.png", "b.png"]},
+     {"prompt": "a cat", "videos": ["a.png", "b.png"], "response": "A dot."}),
+    ("trace", {"messages": [{"role": "user", "content": "From <image> to <image>?"}, REPLY], "images": ["a.png", "b.png"]},
+     {"instruction": "From <image> to <image>?", "images": ["a.png", "b.png"], "response": "A dot."}),                   # places are kept
+    ("pair", {**DIFFUSION, "label_0": 1}, {"prompt": "a cat", "images": ["a.png", "b.png"], "winner": "Image 1"}),       # Diffusion-DPO
+    ("pair", {**DIFFUSION, "label_0": 0.0}, {"prompt": "a cat", "images": ["a.png", "b.png"], "winner": "Image 2"}),
+    ("pair", {**DIFFUSION, "label_0": .5}, {"prompt": "a cat", "images": ["a.png", "b.png"], "winner": "Tie"}),
+    ("pair", {**DIFFUSION, "label_0": 1, "jpg_1": {"path": "b.png"}}, {"prompt": "a cat", "images": ["a.png", "b.png"], "winner": "Image 1"}),
+    ("image", {"caption": "a cat", "image": "a.png"}, {"prompt": "a cat", "images": ["a.png"]}),
+    ("question", {"question": "What is it?", "image": {"path": "a.png"}}, ASKED),
+])
+def test_records_of_neighbours_are_read(kind, record, expected, tmp_path):
+    path = write(tmp_path, record)
+    found, = data.read_records(path, kind)
+    assert data.read_records(path, None) == [found]                             # its kind is seen
+    name = "videos" if "videos" in found else "images"
+    assert {**found, name: [m.name for m in found[name]]} == {**expected, "where": f"{path}:1"}
+    assert all(m == tmp_path / m.name for m in found[name])
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"conversations": [ASK, SAY, ASK, SAY], **ONE}, ":1: the turns are of user, assistant, user. Expected one user's and one assistant's"),
+    ({"conversations": [{"from": "observation", "value": "x"}, SAY], **ONE}, ":1: the turns are of observation"),
+    ({"conversations": [{"from": "human"}], **ONE}, r":1: a record of no known form \(KeyError\('value'\)\)"),
+    ({"messages": [USER, REPLY], "images": ["a.png", "b.png"]}, ":1: 1 of <image> and <video> in the text, but 2 media. Each medium has its place"),
+    ({**DIFFUSION, "label_0": 2}, ":1: 'label_0' is 2. Expected 1, where jpg_0 is preferred, 0 or 0.5"),
+    ({**PAIR, "images": ["http://x/a.png", "b.png"]}, ":1: http://x/a.png is a URL. Download it"),
+    ({**PAIR, "images": [1, "b.png"]}, r":1: 'images' is \[1, 'b.png'\]. Expected a list of paths"),
+    ({"instruction": " ", **ONE, "response": "x"}, ":1: 'instruction' is ' '"),
+    ({"instruction": "x", **ONE, "response": 5}, ":1: 'response' is 5. A trace record needs it as non-empty text"),
+    ({"instruction": "where is <image>?", **ONE}, ":1: 1 of <image> .*those of a question to be sifted come before the text"),
+])
+def test_unreadable_forms_are_named(record, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        data.read_records(write(tmp_path, record), None)
+
+
+def test_images_inside_records_and_frames(tmp_path):
+    """Data URLs and HF's bytes, as they are and written again; mp4 and folders of frames."""
+    av = pytest.importorskip("av")
+    image = Image.effect_noise((16, 16), 50).convert("RGB")
+    url = data_url(image)
+    (tmp_path / "f").mkdir()
+    with av.open(str(tmp_path / "v.mp4"), "w") as video:
+        stream = video.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 16
+        for i in range(5):
+            image.save(tmp_path / "f" / f"{i}.png")
+            video.mux(stream.encode(av.VideoFrame.from_image(image)))
+        video.mux(stream.encode())
+    path = write(tmp_path, {**PAIR, "images": [url, {"bytes": url.partition(",")[2], "path": None}]}, {**PAIR, "videos": ["v.mp4", "f"], "winner": "Video 2"})
+    inline, films = data.read_records(path, "pair")
+    data.write_jsonl(tmp_path / "again" / "pairs.jsonl", [inline, films])
+    for a, b in ((inline, films), data.read_records(tmp_path / "again" / "pairs.jsonl", "pair")):
+        shown = data.comparison(a)
+        assert shown.media_1[0].tobytes() == shown.media_2[0].tobytes() == image.tobytes() and len(shown.media_1) == 1
+        assert [len(media) for media in data.comparison(b)[1:]] == [5, 5] and data.comparison(b).media_2[4].tobytes() == image.tobytes()
+    path = write(tmp_path, PAIR, {**PAIR, "images": ["a.png", "data:image/png;base64,QUJD"]})
+    with pytest.raises(SystemExit, match=r"records.jsonl:2: data:image/png;base64,QUJD...: not a readable image"):
+        data.main(["check", str(path)])
+
+
+def test_images_in_the_text_are_encoded_where_they_stand(judge_folder):
+    processor, (a, b) = load_processor(judge_folder), data.toy_world().Records("train", "pair", 1)[0]["images"]
+    texts = {}
+    for text in ("From <image> to <image>?", "From to?"):
+        ids = data.encode(processor, [{"instruction": text, "images": [a, b]}], ["x"])["input_ids"][0]
+        texts[text] = processor.tokenizer.decode(ids).replace(processor.image_token, "")
+    assert "user\nFrom Image 1<|vision_start|><|vision_end|> to Image 2<|vision_start|><|vision_end|>?<|im_end|>" in texts["From <image> to <image>?"]
+    assert "user\nImage 1<|vision_start|><|vision_end|>Image 2<|vision_start|><|vision_end|>From to?<|im_end|>" in texts["From to?"]
+
+
+def test_check_counts_what_a_file_holds(judge_folder, tmp_path, capsys):
+    path = write(tmp_path, {**PAIR, "response": "12345"}, {**PAIR, "response": "123"}, {**PAIR, "chosen": "a", "rejected": "bb"}, PAIR, {**ASKED, "response": "1"})
+    data.main(["check", str(path), "--model", judge_folder])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0].endswith("records.jsonl: 3 trace records, 1 preference records, 1 pair records, all well formed")
+    assert {"2 images in 4 records", "1 images in 1 records", "response, characters min 1, median 3, max 5", "rejected, characters min 2, median 2, max 2"} <= {*lines}
+    tokens = [len(load_processor(judge_folder).tokenizer(text)["input_ids"]) for text in ("12345", "123", "1")]
+    assert f"response, tokens min {min(tokens)}, median {sorted(tokens)[1]}, max {max(tokens)}" in lines
+    with pytest.raises(SystemExit, match=r"records.jsonl:3: 'response' is None. A trace record needs it"):
+        data.main(["check", str(path), "--kind", "trace"])
+    (tmp_path / "b.png").write_text("no image")
+    with pytest.raises(SystemExit, match=r"records.jsonl:1: .*b.png: not a readable image or video"):
+        data.main(["check", str(path)])
+
+
+def test_files_in_one_folder_keep_their_own_images(tmp_path):
+    for seed in (0, 1):
+        data.main(["toy", str(tmp_path / f"{seed}.jsonl"), "--num", "2", "--seed", str(seed)])
+    for seed in (0, 1):
+        for found, made in zip(data.read_records(tmp_path / f"{seed}.jsonl", "pair"), data.open_records("toy", "pair", 2, seed), strict=True):
+            assert [Image.open(path).tobytes() for path in found["images"]] == [image.tobytes() for image in made["images"]]

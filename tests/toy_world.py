@@ -14,6 +14,7 @@ import random
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter
 
 from toy_oracle import CELL, COLORS, PAIR_TYPES, SHAPES, SIZE, mask, picture_stats, success
@@ -302,6 +303,18 @@ class Records:
     def __len__(self):
         return self.num
 
+    def scenes(self, i):
+        """(prompt, both scenes, verdict, people's label) of pair or trace i; the verdict of a trace is the imperfect teacher's."""
+        rng, prompt = self.draw(i)
+        hard = rng.random() < (.3 if self.kind == "pair" and self.split == "train" else .05)
+        ties = self.kind == "trace" and rng.random() < .1
+        while True:                                  # a share of hard pairs: content against looks; ties only to train on
+            scenes = [sample_scene(prompt, rng), sample_scene(prompt, rng)]
+            verdict, label = judge_pair(prompt, *scenes, rng if self.kind == "trace" else None)
+            signs = [c["cat_winner"] for c in verdict["categories"]]
+            if (label or ties) and (not hard or signs[1] == signs[2] != "Tie" != signs[0] != signs[1]):
+                return prompt, scenes, verdict, label
+
     def draw(self, i):
         if not 0 <= i < self.num:
             raise IndexError(i)
@@ -317,19 +330,28 @@ class Records:
         if self.kind == "image":
             record["images"] = [render(prompt, sample_scene(prompt, rng, int(rng.random() < .3), defects=rng.random() < .05))]
             return record
-        hard = rng.random() < (.3 if self.kind == "pair" and self.split == "train" else .05)
-        ties = self.kind == "trace" and rng.random() < .1
-        while True:                                  # a share of hard pairs: content against looks; ties only to train on
-            scenes = [sample_scene(prompt, rng), sample_scene(prompt, rng)]
-            verdict, label = judge_pair(prompt, *scenes, rng if self.kind == "trace" else None)
-            signs = [c["cat_winner"] for c in verdict["categories"]]
-            if (label or ties) and (not hard or signs[1] == signs[2] != "Tie" != signs[0] != signs[1]):
-                break
+        prompt, scenes, verdict, label = self.scenes(i)
+        record["toy"] = dict(split=self.split, kind=self.kind, seed=self.seed, index=i, swapped=False)          # what the teacher sees it by
         record["images"] = [render(prompt, s) for s in scenes]
         record["winner"] = {1: "Image 1", 2: "Image 2", 0: "Tie"}[label]
         if self.kind == "trace":
             record["response"] = json.dumps(verdict, separators=(",", ":"))
         return record
+
+
+def teacher(records, temperature=0.0):
+    """The imperfect teacher's verdicts on pair records, as texts: a judge that takes records, whose scenes it makes anew from "toy". It is
+    dazzled by looks or not at the toss of a coin: one coin for each pair at temperature 0, else torch's. ValueError: a record that is not toy."""
+    texts = []
+    for record in records:
+        if "toy" not in record:
+            raise ValueError(f"{record.get('where', 'a record')}: no 'toy' in it. The toy teacher knows the pairs of `data.py toy FILE --kind pair` alone.")
+        toy = dict(record["toy"])
+        swapped, i = toy.pop("swapped"), toy.pop("index")
+        prompt, scenes, _, _ = Records(num=i + 1, **toy).scenes(i)
+        coin = random.Random(f"{toy} {i} {torch.randint(2 ** 31, ()).item() if temperature else 'first'}")
+        texts.append(json.dumps(judge_pair(prompt, *(scenes[::-1] if swapped else scenes), coin)[0], separators=(",", ":")))
+    return texts
 
 
 # ---------------------------------------------------------------- what the oracle says of samples
