@@ -32,8 +32,8 @@ from data import (batch_indices, build_preferences, comparison, encode, know_toy
 from reward import Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
 # toolbox and driver from sft.py; paste those blocks here to stand alone
 from sft import (Log, adapters_off, denoisers, draw_curves, draw_grid, draw_verdict, encode_media, enter, gather, generator, has_bf16, load_checkpoint,
-                 load_pipeline, make_optimizers, optimizer_step, peak_gib, pipe_arg, predict, prepare_training, sample_media, save_adapter, save_checkpoint,
-                 save_pipeline, save_whole, seeded_noise, set_lr, shard, start_ranks, token_logps, total, trainable)
+                 load_pipeline, make_optimizers, optimizer_step, peak_gib, pipe_arg, predict, prediction_type, prepare_training, sample_media, save_adapter,
+                 save_checkpoint, save_pipeline, save_whole, seeded_noise, set_lr, shard, start_ranks, token_logps, total, trainable)
 
 
 def parse_args(argv=None):
@@ -287,8 +287,8 @@ class Generator:
         models, scheduler = denoisers(pipe), pipe.scheduler
         if args.fsdp and len(models) > 1:
             raise ValueError("--fsdp: ranks at different noise levels would gather the shards of different experts. Train without it")
-        self.kind = "flow_prediction" if "FlowMatch" in type(scheduler.stock).__name__ else scheduler.config.prediction_type
-        if self.kind not in ("flow_prediction", "epsilon", "v_prediction"):
+        self.kind = prediction_type(pipe)
+        if self.kind not in ("flow", "epsilon", "v_prediction"):
             raise ValueError(f"{args.model}: its scheduler predicts {self.kind!r}; expected epsilon, v_prediction or a flow")
         embedded = any(m.config.get("guidance_embeds") or m.config.get("time_cond_proj_dim") for m in models.values())      # then it is an input like others
         self.call = dict(autocast=torch.bfloat16 if args.bf16 else None, **({} if embedded else {"guidance_scale": 0}) | args.pipe_arg)
@@ -337,14 +337,14 @@ class Generator:
         functions of (seed, step, record), the same for winner and loser."""
         x0, seed, scheduler = self.latents[indices], self.args.seed, self.pipe.scheduler                        # (B, 2, ...)
         noise = torch.stack([seeded_noise(x0.shape[2:], seed, step, i) for i in indices])[:, None].expand_as(x0)
-        if self.kind == "flow_prediction":                                      # x = (1 - sigma) x0 + sigma noise
+        if self.kind == "flow":                                                 # x = (1 - sigma) x0 + sigma noise
             b = torch.stack([seeded_noise((), seed, step, i, "sigma") for i in indices]).add(self.args.sigma_mean).sigmoid()
             t, a = b * scheduler.config.num_train_timesteps, 1 - b
         else:                                                                   # x = sqrt(acp) x0 + sqrt(1 - acp) noise
             t = torch.stack([torch.randint(scheduler.config.num_train_timesteps, (), generator=generator(seed, step, i, "t")) for i in indices])
             a, b = (z[t].sqrt() for z in (scheduler.alphas_cumprod.cpu(), 1 - scheduler.alphas_cumprod.cpu()))
         a, b = (z.view(-1, *[1] * (x0.ndim - 1)) for z in (a, b))
-        target = {"flow_prediction": noise - x0, "epsilon": noise, "v_prediction": a * noise - b * x0}[self.kind]
+        target = {"flow": noise - x0, "epsilon": noise, "v_prediction": a * noise - b * x0}[self.kind]
         x, target = (z.transpose(0, 1).flatten(0, 1).to(self.ranks.device) for z in (a * x0 + b * noise, target))
         return x, t.repeat(2).to(self.ranks.device), target, [self.records[i]["prompt"] for i in indices]
 
