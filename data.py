@@ -553,7 +553,8 @@ def best_and_worst(pairs, verdicts, scores, num):
 def sift(args):
     """Pairs of the best and the worst of N candidates that --model makes for each prompt, or preferences between N answers of a
     vision-language model to each question, as --judge finds. Picture i of a prompt is a function of (--seed, the prompt's line, i)."""
-    answers = Path(args.file).suffix == ".jsonl" and kind_of(read_records(args.file, None, args.skip_bad)[0]) == "question"
+    first = open(args.file).readline() if Path(args.file).is_file() else ""
+    answers = bool(re.search(r'"(question|instruction|conversations|messages)" *:', first))
     records, N = open_records(args.file, "question" if answers else "prompt", args.num, args.seed, args.skip_bad), args.num_candidates
     schedule_pairs(N, args.pairs)                                               # raises before anything is loaded
     judge = open_model(args, args.judge, score_template="{prompt}" if answers else args.score_template and Path(args.score_template).read_text())
@@ -647,7 +648,7 @@ def parse_args(argv=None):
     add("command", choices=["check", "toy", "distill", "rank", "sift"])
     add("file", help="JSONL: of records (check), to write (toy), of pairs (distill, rank), of prompts or questions (sift); toy:SPLIT: made as needed")
     # data
-    add("--kind", choices=list(FIELDS), help="check: what all must be; toy: which records  [check each its own, toy pair]")
+    add("--kind", choices=[*FIELDS, "score"], help="check: what all must be; toy: which records  [check each its own, toy pair]")
     add("--split", choices=["train", "val", "test", "scenes"], default="train", help="toy: val and test have held-out prompts")
     add("--num", type=int, default=1000, help="how many toy records")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")

@@ -250,6 +250,12 @@ def test_a_teacher_that_never_answers_stops_the_run_and_a_later_one_goes_on(tmp_
     assert [row["prompt"] for row in rows(out)] == [f"prompt {i}" for i in range(4)]
 
 
+def test_tries_that_fail_drop_their_pairs_only(tmp_path, monkeypatch, capsys):
+    use_judges(monkeypatch, teacher=lambda q, t: Failure("too long") if t else "?")
+    data.main(["distill", write_pairs(tmp_path, *["Image 1"] * 3), "--teacher", "teacher", "--out", str(tmp_path / "traces.jsonl")])
+    assert counts(capsys.readouterr().out) == {"dropped: failure": 3}
+
+
 def test_the_toy_teacher_refuses_other_pairs(tmp_path):
     with pytest.raises(SystemExit, match="pairs.jsonl:1: no 'toy' in it. The toy teacher knows the pairs of `data.py toy FILE --kind pair` alone"):
         data.main(["distill", write_pairs(tmp_path, "Image 1"), "--teacher", "toy", "--out", str(tmp_path / "out.jsonl")])
@@ -439,6 +445,16 @@ def test_sift_answers_of_a_vision_language_model(tmp_path, monkeypatch, capsys):
         found = data.read_records(out, "preference")
         assert [(r["instruction"], r["chosen"]) for r in found] == [("What is it? 0", "a red image"), ("What is it? 3", texts["3"][best])]
         assert [r["rejected"] for r in found] == [{"winrate": "r", "score": "red"}[how], "x"]
+
+
+def test_an_answer_is_not_preferred_to_itself(tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "What is it?", "images": ["a.png"]}))
+    scores = iter((1, 5, 5, 1))                      # whoever won, one of two runs has it scored higher
+    use_judges(monkeypatch, vlm=lambda q, t: "a dot", judge=lambda q, t: '{"winner": "Answer 1"}' if "Answer 2" in q.prompt else f"Final Score: {next(scores)}")
+    for run in "ab":
+        data.main(["sift", str(tmp_path / "q.jsonl"), "--model", "vlm", "--judge", "judge", "--num-candidates", "2", "--out", str(tmp_path / run)])
+    assert sorted(line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line[0] == " ") == ["dropped: alike", "dropped: scores contradict"]
 
 
 def test_sift_says_what_is_wrong_before_it_is_late(generator_folder, tmp_path, monkeypatch):

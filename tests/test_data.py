@@ -50,12 +50,12 @@ def test_missing_and_empty_files_are_refused(tmp_path):
         data.read_records(write(tmp_path, ""), "pair")
 
 
-@pytest.mark.parametrize("kind", ["pair", "trace", "image", "prompt"])
+@pytest.mark.parametrize("kind", ["pair", "trace", "image", "prompt", "score", "question"])
 def test_toy_records_as_files_are_the_toy_records(kind, tmp_path):
     data.main(["toy", str(tmp_path / "toy.jsonl"), "--kind", kind, "--split", "test", "--num", "3", "--seed", "4"])
-    found, made = data.read_records(tmp_path / "toy.jsonl", kind), data.open_records("toy:test", kind, 3, 4)
+    found, made = data.read_records(tmp_path / "toy.jsonl", {"score": "trace"}.get(kind, kind)), data.open_records("toy:test", kind, 3, 4)
     for a, b in zip(found, made, strict=True):
-        assert all(a[k] == b[k] for k in ("prompt", "type", "winner", "response") if k in b)
+        assert all(a[k] == b[k] for k in ("prompt", "type", "winner", "response", "instruction") if k in b)
         assert [Image.open(path).tobytes() for path in a.get("images", [])] == [image.tobytes() for image in b.get("images", [])]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import toy_world as W
-from reward import parse_verdict
+from reward import parse_score, parse_verdict
 
 
 def test_held_out_prompts_are_never_trained_on_and_every_word_is():
@@ -81,3 +81,18 @@ def test_a_faint_green_patchwork_is_noticed():
     tiled = [np.clip(np.asarray(i, float) - cast, 0, 255).astype(np.uint8) for i in images]
     before, after = W.picture_stats(images), W.picture_stats(tiled)
     assert after["tiles"] > before["tiles"] + 2
+
+
+def test_scores_and_answers_by_hand():
+    """Of a green circle where a red one above a blue square was wanted: the shape is right and so is the square, the relation holds."""
+    prompt = dict(type="spatial", objects=[("red", "circle"), ("blue", "square")], count=1, relation="above", text="a red circle above a blue square")
+    scene = W.Scene([("green", "circle"), ("blue", "square")], "above", 0, blurry=True)
+    # levels A: 1, 2, 2 of 2; B: 0, 2, 2; C: 2, 2, 2; D: 2, 2, 2, so 4.33, 3.67, 5, 5, and (5 * 4.33 + 3 * 3.67 + 1.5 * 5 + 4 * 5) / 13.5 = 4.457
+    text = W.score_image(prompt, scene)
+    assert text == "Alignment Score (1-5): 4\nCoherence Score (1-5): 4\nStyle Score (1-5): 5\nFinal Score: 4.5" and parse_score(text).value == 4.5
+    said = {W.ask_about(scene, random.Random(i)) for i in range(300)}
+    assert {("How many circles are there?", "one"), ("How many stars are there?", "none"), ("What color is the square?", "blue"),
+            ("Is there a green circle?", "yes"), ("Is there a red circle?", "no")} <= said
+    assert len(dict(said)) == len(said)              # a question has one answer
+    with pytest.raises(ValueError, match="the toy world has no preference records; expected trace, pair"):
+        W.Records("train", "preference", 1)

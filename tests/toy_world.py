@@ -289,15 +289,44 @@ def judge_pair(prompt, scene_1, scene_2, rng=None):
     return dict(categories=categories, reason=reason, winner=names[winner]), label
 
 
+SCORE_INSTRUCTION = "Rate the image for: {prompt}"    # a tiny judge's score template
+
+
+def score_image(prompt, scene):
+    """The teacher's rating of one image as text: 1 to 5 for each anchor, from the levels of its sub-dimensions, and overall by people's weights."""
+    seen, scores = facts(prompt, scene), {}
+    for category, dims in rubric(prompt):
+        scores[category[0]] = 1 + 2 * sum(seen[name][1] for name in dims) / len(dims)
+    final = sum(WEIGHTS[k] * score for k, score in scores.items()) / sum(WEIGHTS[k] for k in scores)
+    lines = [f"{name} Score (1-5): {scores[k]:.0f}" for name, k in (("Alignment", "A"), ("Coherence", "B"), ("Style", "C"))]
+    return "\n".join([*lines, f"Final Score: {final:.1f}"])
+
+
+def ask_about(scene, rng):
+    """(question, answer) about the shapes that are to be seen."""
+    seen, color = scene.visible(), rng.choice(list(COLORS))
+    shape = rng.choice([shape for _, shape in seen] if seen and rng.random() < .8 else SHAPES)
+    colors, form = [c for c, s in seen if s == shape], rng.choice(["count", "color", "presence"])
+    if form == "color" and len(colors) == 1:
+        return f"What color is the {shape}?", colors[0]
+    if form == "presence":
+        color = rng.choice(colors) if colors and rng.random() < .5 else color
+        return f"Is there a {color} {shape}?", "yes" if color in colors else "no"
+    return f"How many {shape}s are there?", NUMBERS[len(colors)] if len(colors) < 6 else "many"
+
+
 class Records:
     """Toy records of data.py's kinds, made when asked for: record i of a split is a function of (split, kind, seed, i).
 
     split  train: prompts that are trained on; val, test: held-out prompts; scenes: trained prompts in scenes of their own
     kind   trace: the imperfect teacher's verdict as "response"; pair: people's label alone, to train on often a hard one;
-           image: a captioned picture for the base generator, 30 % of them faulty, 5 % of poor looks; prompt: only the prompt
+           image: a captioned picture for the base generator, 30 % of them faulty, 5 % of poor looks; prompt: only the prompt;
+           score, question: traces of one image and an "instruction", to be rated or answered in a word
     """
 
     def __init__(self, split, kind, num, seed=0):
+        if kind not in ("trace", "pair", "image", "prompt", "score", "question"):
+            raise ValueError(f"the toy world has no {kind} records; expected trace, pair, image, prompt, score or question")
         self.split, self.kind, self.num, self.seed = split, kind, num, seed
 
     def __len__(self):
@@ -330,6 +359,10 @@ class Records:
         if self.kind == "image":
             record["images"] = [render(prompt, sample_scene(prompt, rng, int(rng.random() < .3), defects=rng.random() < .05))]
             return record
+        if self.kind in ("score", "question"):
+            scene = sample_scene(prompt, rng, defects=self.kind == "score")
+            asked = (SCORE_INSTRUCTION.replace("{prompt}", prompt["text"]), score_image(prompt, scene)) if self.kind == "score" else ask_about(scene, rng)
+            return dict(type=self.kind, images=[render(prompt, scene)], **dict(zip(("instruction", "response"), asked)))
         prompt, scenes, verdict, label = self.scenes(i)
         record["toy"] = dict(split=self.split, kind=self.kind, seed=self.seed, index=i, swapped=False)          # what the teacher sees it by
         record["images"] = [render(prompt, s) for s in scenes]
