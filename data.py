@@ -13,6 +13,7 @@ A video is an mp4, a GIF or a folder of frames. Legend: B records, T tokens.
 """
 import argparse
 import csv
+import importlib
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from reward import Comparison, build_messages, chat_text, load_media, parse_verdict
 
 FIELDS = {"pair": ["winner"], "trace": ["response"], "preference": ["chosen", "rejected"], "prompt": [], "image": []}
+TOYS = {"toy": "image", "toy-video": "video"}        # a source of records -> the world they are of
 WINNERS = {"Image 1": 1, "Image 2": 2, "Video 1": 1, "Video 2": 2, "Tie": 0}
 
 
@@ -87,11 +89,17 @@ def read_records(path, kind, skip_bad=False):
     return records
 
 
-def toy_world():
-    """The module tests/toy_world.py, which stages import only when asked for `toy`."""
+def toy_world(world="image"):
+    """The module tests/toy_world.py, or tests/toy_video.py for "video", which stages import only when asked for `toy`."""
     sys.path.append(str(Path(__file__).parent / "tests"))
-    import toy_world
-    return toy_world
+    return importlib.import_module({"image": "toy_world", "video": "toy_video"}[world])
+
+
+def in_world(args):
+    """The options of a stage with `--world video` carried out: what is toy becomes the moving toy world."""
+    for name in ("data", "eval_data"):
+        source = getattr(args, name)
+        setattr(args, name, "toy-video" + source[3:] if args.world == "video" and source.split(":")[0] == "toy" else source)
 
 
 def toy_models():
@@ -109,9 +117,10 @@ def know_toy_classes(path):
 
 
 def open_records(source, kind, num=None, seed=0, skip_bad=False):
-    """A sequence of records: `toy:SPLIT` (train, val, test, scenes) makes `num` of them, a file gives all it has."""
-    if source.split(":")[0] == "toy":
-        return toy_world().Records(source.partition(":")[2] or "train", kind, num, seed)
+    """A sequence of records: `toy:SPLIT` (train, val, test, scenes) makes `num` of them, `toy-video:SPLIT` clips, a file gives all it has."""
+    name, _, split = source.partition(":")
+    if name in TOYS:
+        return toy_world(TOYS[name]).Records(split or "train", kind, num, seed)
     return read_records(source, kind, skip_bad)
 
 
@@ -127,6 +136,11 @@ def write_jsonl(path, records):
                 if isinstance(item, Image.Image):
                     media.append(f"images/{i:06d}_{k + 1}.png")
                     item.save(path.parent / media[-1])
+                elif isinstance(item, list):                                    # frames
+                    media.append(f"images/{i:06d}_{k + 1}")
+                    (path.parent / media[-1]).mkdir(exist_ok=True)
+                    for number, frame in enumerate(item):
+                        frame.save(path.parent / media[-1] / f"{number}.png")
                 else:
                     media.append(str(Path(item).resolve()))
             row = {k: v for k, v in record.items() if k not in ("where", "toy_prompt")}

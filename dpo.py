@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from data import batch_indices, build_preferences, comparison, encode, open_records, read_records, write_jsonl, WINNERS
+from data import batch_indices, build_preferences, comparison, encode, in_world, open_records, read_records, write_jsonl, WINNERS
 from reward import Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict
 # toolbox from sft.py; paste that block here to stand alone
 from sft import (Log, adapters_off, draw_curves, draw_verdict, enter, gather, has_bf16, load_checkpoint, make_optimizers, optimizer_step,
@@ -31,7 +31,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     # model
-    add("--model", default="out/judge-sft/model", help="folder or hub id of the judge to start from")
+    add("--model", help="folder or hub id of the judge to start from  [out/judge-sft/model; video world out/video-...]")
     add("--template", help="file with the judge's instruction, {prompt} and {medium} in it; default: the model's own, or reward.TEMPLATE")
     # data
     add("--data", default="toy", help="JSONL of pairs, to sample traces for, or of preferences; toy: pairs made as needed")
@@ -43,6 +43,7 @@ def parse_args(argv=None):
     add("--judge-batch", type=int, help="pairs judged at a time  [200, where verdicts are long 16]")
     add("--max-tokens", type=int, default=8192, help="a longer record is refused, never cut")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
+    add("--world", choices=["image", "video"], default="image", help="which toy world is meant by toy: still or in motion")
     # lora
     add("--lora-rank", type=int, default=16, help="0: all weights are trained, against a frozen copy")
     add("--lora-alpha", type=float, help="default: the rank")
@@ -70,12 +71,14 @@ def parse_args(argv=None):
     add("--compile", action=flag, default=False, help="torch.compile each block")
     add("--max-new-tokens", type=int, help="longest verdict written  [toy data 256, else 2048]")
     add("--seed", type=int, default=0)
-    add("--out", default="out/judge-dpo", help="run folder")
+    add("--out", help="run folder  [out/judge-dpo; video world out/video-...]")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
     args = parser.parse_args(argv)
     args.max_new_tokens = args.max_new_tokens or (256 if args.data.split(":")[0] == "toy" else 2048)
-    for name, value in dict(lora_alpha=args.lora_rank, bf16=has_bf16(), judge_batch=200 if args.max_new_tokens <= 256 else 16).items():
+    in_world(args)
+    prefix = "out/video-" if args.world == "video" else "out/"
+    for name, value in dict(model=f"{prefix}judge-sft/model", out=f"{prefix}judge-dpo", lora_alpha=args.lora_rank, bf16=has_bf16(), judge_batch=200 if args.max_new_tokens <= 256 else 16).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
@@ -270,7 +273,7 @@ def main(argv=None):
         shown = mended[stayed.index(max(stayed))] if mended else 0
         pair = comparison(held_out[shown], swap=before["flipped"][shown])
         texts = [f"{when}\n\n{format_verdict(d['verdicts'][shown], pair.prompt)}" for when, d in (("before", before), ("after", after))]
-        draw_verdict(pair.media_1 + pair.media_2, texts, Path(args.out, "verdict.png"))
+        draw_verdict([pair.media_1, pair.media_2], texts, Path(args.out, "verdict.png"))
         log.write(**{f"{name}_{when}": v for when, d in (("before", before), ("after", after)) for name, v in d.items() if isinstance(v, float)})
 
 

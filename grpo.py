@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import batch_indices, know_toy_classes, open_records, toy_models, toy_world
+from data import TOYS, batch_indices, in_world, know_toy_classes, open_records, toy_models, toy_world
 from reward import (Comparison, Failure, asks_judge, blend_advantages, find_judge, group_advantages, normalize, open_judge, open_rewards,
                     parse_verdict, reward_values, schedule_pairs, win_rates)
 # toolbox and driver from sft.py; paste those blocks here to stand alone
@@ -30,7 +30,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     # model
-    add("--model", default="out/generator-sft/model", help="folder or hub id of the diffusers pipeline to improve")
+    add("--model", help="folder or hub id of the diffusers pipeline to improve  [out/generator-sft/model; video world out/video-...]")
     add("--judge", help="folder, hub id or URLs of the judge  [the newest of out/judge-dpo/model and out/judge-sft/model]")
     # data
     add("--data", default="toy", help="prompts: a text file, one a line, a CSV column or JSONL; toy: made as needed")
@@ -39,6 +39,7 @@ def parse_args(argv=None):
     add("--eval-num", type=int, default=1024, help="samples of the evaluations before and after")
     add("--eval-every", type=int, default=16, help="steps between small evaluations; 0: only before and after")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
+    add("--world", choices=["image", "video"], default="image", help="which toy world is meant by toy: still or in motion")
     # generator
     add("--pipe-arg", type=pipe_arg, nargs="*", default=[], help="key=value for the pipeline's call, as height=512 num_inference_steps=15")
     add("--group-size", type=int, default=8, help="G, images per prompt")
@@ -87,11 +88,14 @@ def parse_args(argv=None):
     add("--grad-ckpt", action=flag, default=False, help="gradient checkpointing: less memory, a third more time")
     add("--compile", action=flag, default=False, help="torch.compile each block")
     add("--seed", type=int, default=0)
-    add("--out", default="out/grpo", help="run folder")
+    add("--out", help="run folder  [out/grpo; video world out/video-grpo]")
     add("--save-every", type=int, default=20, help="steps between checkpoints")
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
+    in_world(args)
+    prefix = "out/video-" if args.world == "video" else "out/"
+    args.model, args.out = args.model or f"{prefix}generator-sft/model", args.out or f"{prefix}grpo"
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
     args.judge_batch = args.judge_batch or (200 if args.max_new_tokens <= 256 else 16)
     if args.loss == "nft" and args.epochs > 1:
@@ -305,7 +309,7 @@ def main(argv=None):
         if folder.startswith("out/") and not Path(folder).exists():
             raise SystemExit(f"{folder} is not there yet. Make it first: {command}")
     try:
-        args.judge = args.judge or (str(find_judge()) if asks else None)
+        args.judge = args.judge or (str(find_judge("video-" * (args.world == "video"))) if asks else None)
         judge = open_judge(args.judge, args.max_new_tokens, batch_size=args.judge_batch) if args.judge else None
         rewards = open_rewards(args.reward, judge)
     except ValueError as error:
@@ -315,8 +319,8 @@ def main(argv=None):
     half = ranks.device.type == "cuda" and args.bf16 and args.lora_rank         # what LoRA freezes is bfloat16, what trains float32
     pipe = load_pipeline(args.model, ranks.device, torch.bfloat16 if half else torch.float32)
     records = open_records(args.data, "prompt", args.data_num, args.seed, args.skip_bad)
-    if args.data.split(":")[0] == "toy":
-        args.pipe_arg = {**toy_models().PIPE_ARGS, **args.pipe_arg}
+    if args.data.split(":")[0] in TOYS:
+        args.pipe_arg = {**toy_models().GENERATORS[args.world][1], **args.pipe_arg}
     modules = {f"{name}.": module for name, module in denoisers(pipe).items()}
     for module in modules.values():
         prepare_training(module, ranks, args.lora_rank, args.lora_alpha, args.lora_targets, grad_ckpt=args.grad_ckpt, compile=args.compile, fsdp=args.fsdp,
@@ -336,7 +340,7 @@ def main(argv=None):
         mine = [i % len(held_out) for i in range(ranks.rank, math.ceil(len(held_out) / ranks.world) * ranks.world, ranks.world)]    # equally many
         media = sample_media(pipe, [held_out[i]["prompt"] for i in mine], [seed * 1_000_003 + i for i in mine], args.batch_size * args.group_size, **pipe_args)
         media = [frames for _, frames in sorted(dict(gather(zip(mine, media), ranks)).items())]
-        return (toy_world().truth(held_out, [frames[0] for frames in media]) if "toy_prompt" in held_out[0] else {}), media, held_out
+        return (toy_world(args.world).truth(held_out, media) if "toy_prompt" in held_out[0] else {}), media, held_out
 
     def win_rate_over(media, others, prompts):
         """The judge's share of wins of `media` over `others`, shown in random order: the reward as it looks on held-out prompts."""
@@ -418,8 +422,8 @@ def main(argv=None):
     save_whole(lambda: save_pipeline(pipe, Path(args.out, "model")), modules.values(), ranks)
     if ranks.rank == 0:
         draw_curves(log.rows, ["held_out_win_rate", "held_out_true", "held_out_cast", "kl", "ties", "grad_norm"], Path(args.out, "curves.png"))
-        rows = [[frames[len(frames) // 2] for frames in side[i:i + 12]] for i in range(0, min(len(media_after), 48), 12)
-                for side in (media_before, media_after)]
+        width = 12 if len(media_after[0]) == 1 else 6
+        rows = [side[i:i + width] for i in range(0, min(len(media_after), 4 * width), width) for side in (media_before, media_after)]
         draw_grid(rows, Path(args.out, "before_after.png"))
         print(f"{len(media_after)} held-out samples    before    after")
         for name, value in before.items():

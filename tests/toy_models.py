@@ -1,56 +1,59 @@
-"""Makers of the toy world's tiny models: a Qwen3-VL judge and a FLUX generator, real classes built from configs, from nothing."""
+"""Makers of the toy worlds' tiny models: a Qwen3-VL judge, a FLUX and a Wan generator, real classes built from configs, from nothing."""
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, ModelMixin
+from diffusers import (ConfigMixin, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, ModelMixin, WanPipeline,
+                       WanTransformer3DModel)
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil, Qwen3VLConfig,
                           Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
 
+import toy_video as V
 import toy_world as W
 from reward import without_video
 
-PATCH, MERGE = 8, 2                                  # one visual token covers a 16 x 16 cell, so an image is 9 tokens
-INSTRUCTION = "Compare the images for: {prompt}"     # a tiny judge reads a short one
+PATCH, MERGE = 8, 2                                  # one visual token covers a 16 x 16 cell: an image is 9 tokens, a clip 4 x 4
+INSTRUCTION = "Compare the images for: {prompt}"     # a tiny judge reads a short one; "videos" of clips
 SPECIAL = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
            "vision_end_token": "<|vision_end|>"}
 PIECES = (r"""[\]},{\["]*"(?:categories":\[\{"name":"[^"]*","dims":\[\{"|name":"[A-D]\.[^"]*","dims":\[\{")?name":"(?:the\b|[^".]*","reason_1":")|"""
-          r"""[\]},{\["]*"[a-z_0-9]+":"?|, (?:correct|partial|wrong)|: (?:looks|content) decides?|Image \d|"""
+          r"""[\]},{\["]*"[a-z_0-9]+":"?|, (?:correct|partial|wrong)|: (?:looks|content) decides?|(?:Image|Video) \d|"""
           r""" leads on (?:the\b|[A-Z][a-z]+(?: [a-z]+)?)| ?[A-Za-z]+| ?\d|[^\sA-Za-z\d]+|\s+""")   # a rubric's line begins with one token
 CHAT = """{%- set n = namespace(images=0) -%}{%- for m in messages -%}<|im_start|>{{ m['role'] + '\\n' }}{%- if m['content'] is string -%}
-{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}{%- set n.images = n.images + 1 -%}
-{{ 'Image ' ~ n.images }}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ c['text'] }}{%- endif -%}
+{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}{%- if n.images % FRAMES == 0 -%}
+{{ 'MEDIUM ' ~ (n.images // FRAMES + 1) }}{%- endif -%}{%- set n.images = n.images + 1 -%}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ c['text'] }}{%- endif -%}
 {%- endfor -%}{%- endif -%}<|im_end|>{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 
 
-def make_judge_tokenizer(vocab_size=768, num_texts=2000):
+def make_judge_tokenizer(vocab_size=768, num_texts=2000, world=W):
     """A byte-level BPE trained on the teacher's traces; pieces such as `","score_1":` become single tokens."""
-    corpus = [r[k] for r in W.Records("train", "trace", num_texts) for k in ("response", "prompt")]
+    corpus = [r[k] for r in world.Records("train", "trace", num_texts) for k in ("response", "prompt")]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    corpus += [INSTRUCTION, "user\n", "assistant"] * num_texts              # words of every prompt become single tokens
+    corpus += [INSTRUCTION.replace("image", world.MEDIUM.lower()), "user\n", "assistant"] * num_texts      # words of every prompt become single tokens
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL.values()]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         padding_side="left", extra_special_tokens=SPECIAL)
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = CHAT.replace("FRAMES", str(world.FRAMES)).replace("MEDIUM", world.MEDIUM)
     return tokenizer
 
 
-def make_judge(seed=0, width=128, layers=4, vision_width=96, vision_layers=2):
-    """(model, processor): a Qwen3-VL of 1.6M parameters with random weights.
+def make_judge(seed=0, width=128, layers=4, vision_width=96, vision_layers=2, world=W):
+    """(model, processor): a Qwen3-VL of 1.6M parameters with random weights, for a world's images or clips.
 
     Larger initial weights (std .06, position embeddings x 8), DeepStack and an input scaling that puts the plain ground near 0
     are what lets it learn to see within minutes.
     """
     torch.manual_seed(seed)
-    tokenizer = make_judge_tokenizer()
+    tokenizer = make_judge_tokenizer(world=world)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
     half = width // 8                                # of a head's width; rotary channels for time, height and width
     config = Qwen3VLConfig(
@@ -61,7 +64,7 @@ def make_judge(seed=0, width=128, layers=4, vision_width=96, vision_layers=2):
                          pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True, initializer_range=.06),
         vision_config=dict(depth=vision_layers, hidden_size=vision_width, intermediate_size=3 * vision_width, num_heads=3,
                            patch_size=PATCH, spatial_merge_size=MERGE, temporal_patch_size=1, out_hidden_size=width,
-                           num_position_embeddings=(W.SIZE // PATCH) ** 2, deepstack_visual_indexes=[0], initializer_range=.06),
+                           num_position_embeddings=(world.SIZE // PATCH) ** 2, deepstack_visual_indexes=[0], initializer_range=.06),
         image_token_id=ids["image_token"], video_token_id=ids["video_token"], vision_start_token_id=ids["vision_start_token"],
         vision_end_token_id=ids["vision_end_token"], tie_word_embeddings=True)
     config.initializer_range = .06
@@ -70,8 +73,8 @@ def make_judge(seed=0, width=128, layers=4, vision_width=96, vision_layers=2):
     with torch.no_grad():
         model.model.visual.pos_embed.weight.mul_(8)
     pixels = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=MERGE, temporal_patch_size=1, image_mean=[.85] * 3,
-                                      image_std=[.25] * 3, size=dict(shortest_edge=W.SIZE ** 2, longest_edge=W.SIZE ** 2))
-    return model, without_video(Qwen3VLProcessor)(pixels, tokenizer, chat_template=CHAT)
+                                      image_std=[.25] * 3, size=dict(shortest_edge=world.SIZE ** 2, longest_edge=world.SIZE ** 2))
+    return model, without_video(Qwen3VLProcessor)(pixels, tokenizer, chat_template=tokenizer.chat_template)
 
 
 # ---------------------------------------------------------------- the generator
@@ -113,10 +116,12 @@ MAX_WORDS = 12
 PIPE_ARGS = dict(height=48, width=48, max_sequence_length=MAX_WORDS, num_inference_steps=10)
 
 
-def make_word_tokenizer():
+WORDS = " ".join([*W.SHAPES, *(s + "s" for s in W.SHAPES), *W.COLORS, *W.NUMBERS, *W.RELATIONS.values()])
+
+
+def make_word_tokenizer(words=WORDS):
     """One token a word, <eos> at the end."""
-    words = "a and " + " ".join([*W.SHAPES, *(s + "s" for s in W.SHAPES), *W.COLORS, *W.NUMBERS, *W.RELATIONS.values()])
-    vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *sorted(set(words.split()))])}
+    vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *sorted({"a", "and", *words.split()})])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
@@ -152,3 +157,70 @@ def make_generator(seed=0, width=128, images=3000):
     encoders = [make_text_encoder(len(tokenizer), layers) for layers in (1, 0)]
     return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), vae=codec, text_encoder=encoders[0], tokenizer=tokenizer,
                         text_encoder_2=encoders[1], tokenizer_2=tokenizer, transformer=transformer)
+
+
+# ---------------------------------------------------------------- the generator of clips
+
+class ClipCodec(ModelMixin, ConfigMixin):
+    """Stands in for Wan's VAE: a whitened PCA of 16 x 16 patches of the first frame, and one of such patches of the frames after it
+    together, so that a clip of 1 + 3 k frames has 1 + k in its latents; each 96 numbers are a token."""
+
+    @register_to_config
+    def __init__(self, z_dim=96, scale_factor_temporal=3, scale_factor_spatial=16, latents_mean=[0.0] * 96, latents_std=[1.0] * 96):
+        super().__init__()
+        for i, d in enumerate((768, 768 * scale_factor_temporal)):
+            for name, shape in (("mean", (d,)), ("basis", (z_dim, d)), ("scale", (z_dim,))):
+                self.register_parameter(f"{name}_{i}", torch.nn.Parameter(torch.zeros(shape), False))
+
+    @property
+    def parts(self):
+        return [[getattr(self, f"{name}_{i}") for name in ("mean", "basis", "scale")] for i in (0, 1)]
+
+    def patches(self, x):
+        """[those of the first frame (B, 1, h, w, 768), those of the frames after it (B, k, h, w, 2304)] of clips (B, 3, F, H, W)."""
+        return [rearrange(part, "b c (f t) (h p) (w q) -> b f h w (t c p q)", t=t, p=16, q=16)
+                for part, t in ((x[:, :, :1], 1), (x[:, :, 1:], self.config.scale_factor_temporal))]
+
+    def fit(self, clips):
+        """Principal components of clips (B, 3, F, H, W) in [-1, 1], half whitened, latents of unit variance."""
+        for x, (mean, basis, scale) in zip(self.patches(clips), self.parts):
+            x = x.flatten(0, -2)
+            mean.data = x.mean(0)
+            variances, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))                  # ascending
+            basis.data, scale.data = vectors.flip(1)[:, :len(basis)].T.contiguous(), variances.flip(0)[:len(basis)] ** .25
+            scale.data *= ((x - mean) @ basis.T / scale).std()
+        return self
+
+    def encode(self, clips):
+        """.latent_dist of (B, 96, 1 + k, H / 16, W / 16) for clips (B, 3, 1 + 3 k, H, W); its sample() and mode() are the same."""
+        z = torch.cat([(x - mean) @ basis.T / scale for x, (mean, basis, scale) in zip(self.patches(clips), self.parts)], 1)
+        z = rearrange(z, "b f h w z -> b z f h w")
+        return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda generator=None: z, mode=lambda: z))
+
+    def decode(self, z, return_dict=True):
+        """Clips (B, 3, 1 + 3 k, H, W), about in [-1, 1], of latents."""
+        z = rearrange(z, "b z f h w -> b f h w z")
+        x = [(part * scale) @ basis + mean for part, (mean, basis, scale) in zip((z[:, :1], z[:, 1:]), self.parts)]
+        x = torch.cat([rearrange(part, "b f h w (t c p q) -> b c (f t) (h p) (w q)", c=3, p=16, q=16) for part in x], 2)
+        return SimpleNamespace(sample=x) if return_dict else (x,)
+
+
+CLIP_ARGS = dict(height=V.SIZE, width=V.SIZE, num_frames=V.FRAMES, guidance_scale=1.0, max_sequence_length=MAX_WORDS, num_inference_steps=10)
+
+
+def make_clip_generator(seed=0, width=128, layers=4, clips=3000):
+    """A WanPipeline of 1.3M parameters with random weights: stock parts but for the codec, which is fitted to rendered clips."""
+    torch.manual_seed(seed)
+    tokenizer, records = make_word_tokenizer(" ".join([*V.SHAPES, *V.COLORS, *V.MOTIONS])), V.Records("train", "image", clips, seed)
+    pixels = np.stack([np.stack(records[i]["videos"][0]) for i in range(clips)])                        # (B, F, H, W, 3)
+    codec = ClipCodec().fit(torch.from_numpy(pixels).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 1, 1), num_attention_heads=4, attention_head_dim=width // 4, in_channels=96, out_channels=96, text_dim=64, freq_dim=width,
+        ffn_dim=4 * width, num_layers=layers, rope_max_seq_len=32)
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    torch.nn.init.zeros_(transformer.proj_out.bias)
+    return WanPipeline(tokenizer=tokenizer, text_encoder=make_text_encoder(len(tokenizer), 0), vae=codec, scheduler=FlowMatchEulerDiscreteScheduler(),
+                       transformer=transformer)
+
+
+GENERATORS = {"image": (make_generator, PIPE_ARGS), "video": (make_clip_generator, CLIP_ARGS)}      # of a world: its maker, the arguments of a call

@@ -11,6 +11,7 @@ Everything the stages need to run on a laptop without weights or data from elsew
 """
 import json
 import random
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image, ImageFilter
 
 from toy_oracle import CELL, COLORS, PAIR_TYPES, SHAPES, SIZE, mask, picture_stats, success
 
+MEDIUM, FRAMES = "Image", 1
 PLAIN, CLASHING = (238, 238, 238), [(225, 60, 205), (120, 235, 235)]
 NUMBERS = ["none", "one", "two", "three", "four", "five"]
 RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
@@ -25,7 +27,7 @@ RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "abo
 
 # ---------------------------------------------------------------- prompts
 
-KINDS = ["single", "count", "two", "binding", "spatial"]
+KINDS, HARD_KINDS = ["single", "count", "two", "binding", "spatial"], ["binding", "spatial"]
 
 
 def sample_prompt(rng, held_out=False, kinds=KINDS):
@@ -260,7 +262,7 @@ def facts(prompt, scene):
     return out
 
 
-def judge_pair(prompt, scene_1, scene_2, rng=None):
+def judge_pair(prompt, scene_1, scene_2, rng=None, facts=facts, rubric=rubric, medium=MEDIUM):
     """(verdict as the contract's dict, label) of two scenes; label 1 or 2 is what people prefer, 0 when they are equal.
 
     People weigh the categories (WEIGHTS). The teacher writes the same trace, but is imperfect in one way, as real teachers are:
@@ -269,7 +271,7 @@ def judge_pair(prompt, scene_1, scene_2, rng=None):
     the reasoning, and traces sampled from its student hold both answers: what DPO on people's labels can mend.
     """
     facts_1, facts_2, signs, categories = facts(prompt, scene_1), facts(prompt, scene_2), {}, []
-    names = {1: "Image 1", 2: "Image 2", 0: "Tie"}
+    names = {1: f"{medium} 1", 2: f"{medium} 2", 0: "Tie"}
     for category, dims in rubric(prompt):
         rows = [dict(name=d, reason_1=facts_1[d][0], reason_2=facts_2[d][0], score_1=5 + 2 * (facts_1[d][1] - facts_2[d][1]),
                      score_2=5 - 2 * (facts_1[d][1] - facts_2[d][1])) for d in dims]
@@ -298,6 +300,7 @@ class Records:
 
     def __init__(self, split, kind, num, seed=0):
         self.split, self.kind, self.num, self.seed = split, kind, num, seed
+        self.world = sys.modules[type(self).__module__]                         # whose prompts, scenes and teacher they are
 
     def __len__(self):
         return self.num
@@ -306,27 +309,28 @@ class Records:
         if not 0 <= i < self.num:
             raise IndexError(i)
         rng = random.Random(f"{self.split} {self.kind} {self.seed} {i}")
-        kinds = KINDS + ["binding", "spatial"] * (self.kind == "trace")         # the harder types more often where judges learn
-        return rng, sample_prompt(rng, self.split in ("val", "test"), kinds)
+        kinds = self.world.KINDS + self.world.HARD_KINDS * (self.kind == "trace")                   # the harder types more often where judges learn
+        return rng, self.world.sample_prompt(rng, self.split in ("val", "test"), kinds)
 
     def __getitem__(self, i):
         rng, prompt = self.draw(i)
+        world, media = self.world, f"{self.world.MEDIUM.lower()}s"
         record = dict(prompt=prompt["text"], type=prompt["type"], toy_prompt=prompt)
         if self.kind == "prompt":
             return record
         if self.kind == "image":
-            record["images"] = [render(prompt, sample_scene(prompt, rng, int(rng.random() < .3), defects=rng.random() < .05))]
+            record[media] = [world.render(prompt, world.sample_scene(prompt, rng, int(rng.random() < .3), defects=rng.random() < .05))]
             return record
         hard = rng.random() < (.3 if self.kind == "pair" and self.split == "train" else .05)
         ties = self.kind == "trace" and rng.random() < .1
         while True:                                  # a share of hard pairs: content against looks; ties only to train on
-            scenes = [sample_scene(prompt, rng), sample_scene(prompt, rng)]
-            verdict, label = judge_pair(prompt, *scenes, rng if self.kind == "trace" else None)
+            scenes = [world.sample_scene(prompt, rng), world.sample_scene(prompt, rng)]
+            verdict, label = world.judge_pair(prompt, *scenes, rng if self.kind == "trace" else None)
             signs = [c["cat_winner"] for c in verdict["categories"]]
             if (label or ties) and (not hard or signs[1] == signs[2] != "Tie" != signs[0] != signs[1]):
                 break
-        record["images"] = [render(prompt, s) for s in scenes]
-        record["winner"] = {1: "Image 1", 2: "Image 2", 0: "Tie"}[label]
+        record[media] = [world.render(prompt, s) for s in scenes]
+        record["winner"] = f"{world.MEDIUM} {label}" if label else "Tie"
         if self.kind == "trace":
             record["response"] = json.dumps(verdict, separators=(",", ":"))
         return record
@@ -334,8 +338,9 @@ class Records:
 
 # ---------------------------------------------------------------- what the oracle says of samples
 
-def truth(records, images):
-    """What the oracle measures on samples of prompt records: the share of true ones, by type too, and picture_stats."""
+def truth(records, media):
+    """What the oracle measures on samples of prompt records, lists of one frame: the share of true ones, by type too, and picture_stats."""
+    images = [frame for frame, in media]
     true = [success(r["toy_prompt"], image) for r, image in zip(records, images)]
     by_type = {kind: [ok for ok, r in zip(true, records) if r["type"] == kind] for kind in KINDS}
     return {"true": sum(true) / len(true), **{f"true_{k}": sum(v) / len(v) for k, v in by_type.items() if v}, **picture_stats(images)}
