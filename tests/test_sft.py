@@ -226,11 +226,11 @@ def test_velocity_is_the_direct_call(generator_folder):
     assert v.requires_grad and torch.equal(v, direct)
 
 
-def test_encode_images_gives_the_latents_that_the_pipeline_decodes(generator_folder):
+def test_encode_media_gives_the_latents_that_the_pipeline_decodes(generator_folder):
     pipe = sft.load_pipeline(generator_folder, torch.device("cpu"))
     world = data.toy_world()
     image = world.Records("train", "image", 1)[0]["images"][0]
-    x = sft.encode_images(pipe, [image], height=48, width=48)
+    x = sft.encode_media(pipe, [[image]], height=48, width=48)
     assert x.shape == (1, 9, 32)
 
     def keep(i, latents, v):

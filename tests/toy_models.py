@@ -186,8 +186,8 @@ class ClipCodec(ModelMixin, ConfigMixin):
         for x, (mean, basis, scale) in zip(self.patches(clips), self.parts):
             x = x.flatten(0, -2)
             mean.data = x.mean(0)
-            variances, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))                  # ascending
-            basis.data, scale.data = vectors.flip(1)[:, :len(basis)].T.contiguous(), variances.flip(0)[:len(basis)] ** .25
+            _, sizes, vectors = torch.svd_lowrank(x - mean, len(basis) + 32, niter=4)
+            basis.data, scale.data = vectors.T[:len(basis)].contiguous(), (sizes[:len(basis)] / len(x) ** .5) ** .5
             scale.data *= ((x - mean) @ basis.T / scale).std()
         return self
 
