@@ -162,60 +162,38 @@ def make_generator(seed=0, width=128, images=3000):
 # ---------------------------------------------------------------- the generator of clips
 
 class ClipCodec(ModelMixin, ConfigMixin):
-    """Stands in for Wan's VAE: a whitened PCA of 16 x 16 patches of the first frame, and one of such patches of the frames after it
-    together, so that a clip of 1 + 3 k frames has 1 + k in its latents; each 96 numbers are a token."""
+    """Stands in for Wan's VAE: PatchCodec frame by frame. A patch's 48 numbers lie as (12, 2, 2), which Wan's transformer makes one token."""
 
     @register_to_config
-    def __init__(self, z_dim=96, scale_factor_temporal=3, scale_factor_spatial=16, latents_mean=[0.0] * 96, latents_std=[1.0] * 96):
+    def __init__(self, z_dim=12, scale_factor_temporal=1, scale_factor_spatial=8, latents_mean=[0.0] * 12, latents_std=[1.0] * 12):
         super().__init__()
-        for i, d in enumerate((768, 768 * scale_factor_temporal)):
-            for name, shape in (("mean", (d,)), ("basis", (z_dim, d)), ("scale", (z_dim,))):
-                self.register_parameter(f"{name}_{i}", torch.nn.Parameter(torch.zeros(shape), False))
-
-    @property
-    def parts(self):
-        return [[getattr(self, f"{name}_{i}") for name in ("mean", "basis", "scale")] for i in (0, 1)]
-
-    def patches(self, x):
-        """[those of the first frame (B, 1, h, w, 768), those of the frames after it (B, k, h, w, 2304)] of clips (B, 3, F, H, W)."""
-        return [rearrange(part, "b c (f t) (h p) (w q) -> b f h w (t c p q)", t=t, p=16, q=16)
-                for part, t in ((x[:, :, :1], 1), (x[:, :, 1:], self.config.scale_factor_temporal))]
-
-    def fit(self, clips):
-        """Principal components of clips (B, 3, F, H, W) in [-1, 1], half whitened, latents of unit variance."""
-        for x, (mean, basis, scale) in zip(self.patches(clips), self.parts):
-            x = x.flatten(0, -2)
-            mean.data = x.mean(0)
-            _, sizes, vectors = torch.svd_lowrank(x - mean, len(basis) + 32, niter=4)
-            basis.data, scale.data = vectors.T[:len(basis)].contiguous(), (sizes[:len(basis)] / len(x) ** .5) ** .5
-            scale.data *= ((x - mean) @ basis.T / scale).std()
-        return self
+        self.frame = PatchCodec(z_dim)
 
     def encode(self, clips):
-        """.latent_dist of (B, 96, 1 + k, H / 16, W / 16) for clips (B, 3, 1 + 3 k, H, W); its sample() and mode() are the same."""
-        z = torch.cat([(x - mean) @ basis.T / scale for x, (mean, basis, scale) in zip(self.patches(clips), self.parts)], 1)
-        z = rearrange(z, "b f h w z -> b z f h w")
+        """.latent_dist of (B, 12, F, 4, 4) for clips (B, 3, F, 32, 32)."""
+        z = self.frame.encode(rearrange(clips, "b c f h w -> (b f) c h w")).latent_dist.mode()
+        z = rearrange(z, "(b f) c h w -> b c f h w", b=len(clips))
         return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda generator=None: z, mode=lambda: z))
 
     def decode(self, z, return_dict=True):
-        """Clips (B, 3, 1 + 3 k, H, W), about in [-1, 1], of latents."""
-        z = rearrange(z, "b z f h w -> b f h w z")
-        x = [(part * scale) @ basis + mean for part, (mean, basis, scale) in zip((z[:, :1], z[:, 1:]), self.parts)]
-        x = torch.cat([rearrange(part, "b f h w (t c p q) -> b c (f t) (h p) (w q)", c=3, p=16, q=16) for part in x], 2)
+        """Clips (B, 3, F, 32, 32), about in [-1, 1], of latents (B, 12, F, 4, 4)."""
+        x = rearrange(self.frame.decode(rearrange(z, "b c f h w -> (b f) c h w")).sample, "(b f) c h w -> b c f h w", b=len(z))
         return SimpleNamespace(sample=x) if return_dict else (x,)
 
 
-CLIP_ARGS = dict(height=V.SIZE, width=V.SIZE, num_frames=V.FRAMES, guidance_scale=1.0, max_sequence_length=MAX_WORDS, num_inference_steps=10)
+CLIP_ARGS = dict(height=V.SIZE, width=V.SIZE, num_frames=V.FRAMES - 1, guidance_scale=1.0, max_sequence_length=MAX_WORDS, num_inference_steps=10)
+# Wan adds the frame, as its own VAE codes the first one alone
 
 
 def make_clip_generator(seed=0, width=128, layers=4, clips=3000):
     """A WanPipeline of 1.3M parameters with random weights: stock parts but for the codec, which is fitted to rendered clips."""
     torch.manual_seed(seed)
     tokenizer, records = make_word_tokenizer(" ".join([*V.SHAPES, *V.COLORS, *V.MOTIONS])), V.Records("train", "image", clips, seed)
-    pixels = np.stack([np.stack(records[i]["videos"][0]) for i in range(clips)])                        # (B, F, H, W, 3)
-    codec = ClipCodec().fit(torch.from_numpy(pixels).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
+    pixels = np.concatenate([np.stack(records[i]["videos"][0]) for i in range(clips)])                  # (B F, H, W, 3)
+    codec = ClipCodec()
+    codec.frame.fit(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
     transformer = WanTransformer3DModel(
-        patch_size=(1, 1, 1), num_attention_heads=4, attention_head_dim=width // 4, in_channels=96, out_channels=96, text_dim=64, freq_dim=width,
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=width // 4, in_channels=12, out_channels=12, text_dim=64, freq_dim=width,
         ffn_dim=4 * width, num_layers=layers, rope_max_seq_len=32)
     torch.nn.init.zeros_(transformer.proj_out.weight)
     torch.nn.init.zeros_(transformer.proj_out.bias)

@@ -149,7 +149,7 @@ def render(prompt, scene):
     if scene.flow == "cut":
         grounds[1] = rng.choice([c for c in CLASHING if c != grounds[0]])
     starts, free = place(scene, rng)
-    jitter = [(rng.randint(-1, 1), rng.randint(-1, 1)) for _ in range(8)]
+    jitter = [(rng.randint(-1, 0), rng.randint(-1, 0)) for _ in range(8)]
     gone, order = rng.choice([1, 2]), rng.choice([[0, 2, 1, 3], [0, 0, 3, 3]]) if scene.flow == "jerky" else range(FRAMES)
     faint, blended, noisy, spread = rng.uniform(.25, .45), rng.uniform(.4, .6), rng.uniform(12, 40), rng.uniform(.2, .4)
     dims = [1 - spread * (t % 2) for t in range(FRAMES)] if rng.random() < .5 else 1 - spread * noise.rand(FRAMES, 3)
