@@ -96,10 +96,11 @@ def toy_world(world="image"):
 
 
 def in_world(args):
-    """The options of a stage with `--world video` carried out: what is toy becomes the moving toy world."""
+    """The beginning of a stage's folders in the toy world of `--world`, whose records `toy` in the options is made to mean."""
     for name in ("data", "eval_data"):
         source = getattr(args, name)
         setattr(args, name, "toy-video" + source[3:] if args.world == "video" and source.split(":")[0] == "toy" else source)
+    return "out/video-" if args.world == "video" else "out/"
 
 
 def toy_models():

@@ -76,9 +76,9 @@ def parse_args(argv=None):
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
     args = parser.parse_args(argv)
     args.max_new_tokens = args.max_new_tokens or (256 if args.data.split(":")[0] == "toy" else 2048)
-    in_world(args)
-    prefix = "out/video-" if args.world == "video" else "out/"
-    for name, value in dict(model=f"{prefix}judge-sft/model", out=f"{prefix}judge-dpo", lora_alpha=args.lora_rank, bf16=has_bf16(), judge_batch=200 if args.max_new_tokens <= 256 else 16).items():
+    out = in_world(args)
+    for name, value in dict(model=f"{out}judge-sft/model", out=f"{out}judge-dpo", lora_alpha=args.lora_rank, bf16=has_bf16(),
+                            judge_batch=200 if args.max_new_tokens <= 256 else 16).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args

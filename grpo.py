@@ -93,9 +93,8 @@ def parse_args(argv=None):
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
-    in_world(args)
-    prefix = "out/video-" if args.world == "video" else "out/"
-    args.model, args.out = args.model or f"{prefix}generator-sft/model", args.out or f"{prefix}grpo"
+    out = in_world(args)
+    args.model, args.out = args.model or f"{out}generator-sft/model", args.out or f"{out}grpo"
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
     args.judge_batch = args.judge_batch or (200 if args.max_new_tokens <= 256 else 16)
     if args.loss == "nft" and args.epochs > 1:

@@ -611,7 +611,7 @@ class Tap:
         def set_timesteps(*args, **kwargs):
             stock.set_timesteps(*args, **kwargs)
             sigmas, timesteps = stock.sigmas, stock.timesteps
-            if self.grid is not None:                                           # exactly these sigmas, (S+1,) or (S+1, B)
+            if self.grid is not None:                                           # exactly these sigmas, (S+1,) or (S+1, B), whose mean is a hint to Wan
                 sigmas, timesteps = self.grid.view(len(self.grid), -1).mean(1), self.grid[:-1] * stock.config.num_train_timesteps
             elif self.keep is not None:                                         # these steps of the stock schedule
                 sigmas, timesteps = torch.cat([sigmas[self.keep], sigmas[-1:]]), timesteps[self.keep]
@@ -797,20 +797,19 @@ def parse_args(argv=None):
     add("--compile", action=flag, default=False, help="torch.compile each block")
     add("--max-new-tokens", type=int, help="longest verdict written in evaluations  [toy 256, else 2048]")
     add("--seed", type=int, default=0)
-    add("--out", help="run folder  [out/judge-sft, out/generator-sft; video worlds out/video-...]")
+    add("--out", help="run folder  [out/judge-sft, out/generator-sft; video world out/video-...]")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
     judge = args.task == "judge"
     defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=1200 if judge else 750, batch_size=16 if judge else 128, eval_num=400 if judge else 256,
-                    out=f"out/{'video-' * (args.world == 'video')}{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
+                    out=f"{in_world(args)}{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
                     max_new_tokens=256 if args.model == "toy" else 2048)
     defaults["judge_batch"] = 200 if (args.max_new_tokens or defaults["max_new_tokens"]) <= 256 else 16
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    in_world(args)
     return args
 
 

@@ -95,7 +95,7 @@ def test_clips_as_files_are_the_clips(tmp_path):
     for a, b in zip(found, made):
         first, second = data.comparison(a), data.comparison(b)
         assert first.prompt == second.prompt and a["winner"] == b["winner"]
-        assert [f.tobytes() for f in first.media_1 + first.media_2] == [f.tobytes() for f in second.media_1 + second.media_2] and len(first.media_1) == 4
+        assert [f.tobytes() for f in first.media_1 + first.media_2] == [f.tobytes() for f in second.media_1 + second.media_2] and len(first.media_1) == 3
 
 
 @pytest.fixture(scope="module")
@@ -122,23 +122,24 @@ def test_the_judge_sees_two_clips_apart(judge_folder):
     processor, record = load_processor(judge_folder), V.Records("train", "pair", 1)[0]
     messages, frames = build_messages(data.comparison(record), "{medium}: {prompt}")
     text, frame = chat_text(processor, messages), "<|vision_start|><|image_pad|><|vision_end|>"
-    assert len(frames) == 8 and f"Video 1{frame * 4}Video 2{frame * 4}Video: {record['prompt']}<|im_end|>" in text
+    shown = "".join(f"Video {clip} {number}{frame}" for clip in (1, 2) for number in (1, 2, 3))
+    assert len(frames) == 6 and f"{shown}Video: {record['prompt']}<|im_end|>" in text
     tokens = processor(text=[text], images=[frames])["input_ids"][0]
-    assert tokens.count(processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")) == 32
+    assert tokens.count(processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")) == 24
 
 
 def test_codec_and_pipeline_round_trip(generator_folder, tmp_path):
     """What encode_media makes of clips the loaded pipeline decodes to nearly the same clips, and a saved pipeline samples the same."""
     pipe, clips = sft.load_pipeline(generator_folder, torch.device("cpu")), [r["videos"][0] for r in V.Records("val", "image", 30)]
     x = sft.encode_media(pipe, clips, height=32, width=32)
-    assert x.shape == (30, 12, 4, 4, 4) and .5 < x.std() < 2
+    assert x.shape == (30, 12, 3, 4, 4) and .5 < x.std() < 2
     out = sft.frames_of(sft.run(pipe, lambda i, latents, v: x, prompt=["a red circle stays"] * 30, output_type="pil", **{**M.CLIP_ARGS, "num_inference_steps": 1}))
     error = np.array([[np.asarray(f, float) for f in frames] for frames in out]) - np.array([[np.asarray(f, float) for f in frames] for frames in clips])
-    assert error.shape == (30, 4, 32, 32, 3) and 20 * np.log10(255 / np.sqrt((error ** 2).mean())) > 24             # dB
+    assert error.shape == (30, 3, 32, 32, 3) and 20 * np.log10(255 / np.sqrt((error ** 2).mean())) > 24             # dB
     sft.save_pipeline(pipe, tmp_path / "again")
     ask = dict(prompts=["a red circle moves left"], seeds=[1], **M.CLIP_ARGS)
     one, two = (sft.sample_media(p, **ask)[0] for p in (pipe, sft.load_pipeline(tmp_path / "again", torch.device("cpu"))))
-    assert [f.tobytes() for f in one] == [f.tobytes() for f in two] and len({f.tobytes() for f in one}) == 4
+    assert [f.tobytes() for f in one] == [f.tobytes() for f in two] and len({f.tobytes() for f in one}) == 3
 
 
 def test_latents_of_a_stock_wan_are_those_its_pipeline_decodes():
@@ -163,5 +164,5 @@ def test_stages_run_in_the_moving_world(judge_folder, generator_folder, tmp_path
     grpo.main([*world, "--model", generator_folder, "--judge", judge_folder, "--out", str(tmp_path / "grpo"), *GRPO])
     assert [len(rows(tmp_path / out)) for out in ("judge", "dpo", "generator", "grpo")] == [2, 1, 2, 1] and rows(tmp_path / "grpo")[0]["max_ratio_error"] == 0
     for picture in ("generator/samples", "grpo/before_after"):
-        assert Image.open(tmp_path / f"{picture}.gif").n_frames == 4 and Image.open(tmp_path / f"{picture}.png").width > 4 * Image.open(tmp_path / f"{picture}.gif").width - 40
+        assert Image.open(tmp_path / f"{picture}.gif").n_frames == 3 and Image.open(tmp_path / f"{picture}.png").width > 3 * Image.open(tmp_path / f"{picture}.gif").width - 40
     assert "true_both" in json.loads((tmp_path / "generator" / "log.jsonl").read_text().splitlines()[-1]) and Image.open(tmp_path / "judge" / "verdict.png").width > 600

@@ -1,4 +1,5 @@
 """Makers of the toy worlds' tiny models: a Qwen3-VL judge, a FLUX and a Wan generator, real classes built from configs, from nothing."""
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ import toy_video as V
 import toy_world as W
 from reward import without_video
 
-PATCH, MERGE = 8, 2                                  # one visual token covers a 16 x 16 cell: an image is 9 tokens, a clip 4 x 4
+PATCH, MERGE = 8, 2                                  # one visual token covers a 16 x 16 cell: an image is 9 tokens, a clip 3 x 4
 INSTRUCTION = "Compare the images for: {prompt}"     # a tiny judge reads a short one; "videos" of clips
 SPECIAL = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
            "vision_end_token": "<|vision_end|>"}
@@ -24,8 +25,8 @@ PIECES = (r"""[\]},{\["]*"(?:categories":\[\{"name":"[^"]*","dims":\[\{"|name":"
           r"""[\]},{\["]*"[a-z_0-9]+":"?|, (?:correct|partial|wrong)|: (?:looks|content) decides?|(?:Image|Video) \d|"""
           r""" leads on (?:the\b|[A-Z][a-z]+(?: [a-z]+)?)| ?[A-Za-z]+| ?\d|[^\sA-Za-z\d]+|\s+""")   # a rubric's line begins with one token
 CHAT = """{%- set n = namespace(images=0) -%}{%- for m in messages -%}<|im_start|>{{ m['role'] + '\\n' }}{%- if m['content'] is string -%}
-{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}{%- if n.images % FRAMES == 0 -%}
-{{ 'MEDIUM ' ~ (n.images // FRAMES + 1) }}{%- endif -%}{%- set n.images = n.images + 1 -%}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ c['text'] }}{%- endif -%}
+{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}{{ 'MEDIUM ' ~ (n.images // FRAMES + 1) }}{%- if FRAMES > 1 -%}{{ ' ' ~ (n.images % FRAMES + 1) }}{%- endif -%}
+{%- set n.images = n.images + 1 -%}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ c['text'] }}{%- endif -%}
 {%- endfor -%}{%- endif -%}<|im_end|>{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 
 
@@ -116,14 +117,14 @@ MAX_WORDS = 12
 PIPE_ARGS = dict(height=48, width=48, max_sequence_length=MAX_WORDS, num_inference_steps=10)
 
 
-WORDS = " ".join([*W.SHAPES, *(s + "s" for s in W.SHAPES), *W.COLORS, *W.NUMBERS, *W.RELATIONS.values()])
+WORD, WORDS = r"moves \w+|\S+", " ".join([*W.SHAPES, *(s + "s" for s in W.SHAPES), *W.COLORS, *W.NUMBERS, *W.RELATIONS.values()])
 
 
 def make_word_tokenizer(words=WORDS):
-    """One token a word, <eos> at the end."""
-    vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *sorted({"a", "and", *words.split()})])}
+    """One token a word, or a movement ("moves left"), <eos> at the end."""
+    vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *sorted({"a", "and", *re.findall(WORD, words)})])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
                                    model_max_length=MAX_WORDS)

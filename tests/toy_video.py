@@ -1,6 +1,6 @@
 """The toy world in motion: clips of coloured shapes, prompts for them, a teacher, a temporal oracle; built on toy_world.py.
 
-A clip is 4 frames of 32 x 32 pixels, a grid of 2 x 2 cells. A shape moves from one cell of a lane to the other, or it changes in
+A clip is 3 frames of 32 x 32 pixels, a grid of 2 x 2 cells. A shape moves from one cell of a lane to the other, or it changes in
 its cell; two shapes have a lane each.
 
     prompt    "a red circle moves left and a blue star grows"  sample_prompt: four types, a quarter of the texts held out
@@ -19,7 +19,7 @@ import toy_world
 from toy_oracle import CELL, COLORS, SHAPES, border, detect, mask, picture_stats
 from toy_world import CLASHING, NUMBERS, PLAIN, other
 
-MEDIUM, FRAMES, SIZE = "Video", 4, 32
+MEDIUM, FRAMES, SIZE = "Video", 3, 32
 STEPS = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}
 CHANGES = ["grows", "shrinks", "blinks", "stays"]
 MOTIONS = [*STEPS, *CHANGES]
@@ -60,7 +60,7 @@ class Scene:
     ghosts: list = field(default_factory=list)       # the same, nearly transparent
     blend: tuple = None                              # (index of a main object, the (color, shape) that it is blended with)
     morph: tuple = None                              # (index, the (color, shape) that it turns into halfway)
-    flow: str = "smooth"                             # smooth, jerky (frames out of order), vanishing (in one frame), cut (to another ground)
+    flow: str = "smooth"                             # smooth, jerky (a jump instead of a move), cut (to another ground)
     light: str = "balanced"                          # balanced, too dark, washed out, flickering
     background: str = "plain"                        # plain, clashing, tinted
     blurry: bool = False
@@ -117,9 +117,7 @@ def sample_scene(prompt, rng, num_faults=None, defects=True):
         if rng.random() < .3:
             setattr(scene, rng.choice(["blurry", "noisy"]), True)
         if rng.random() < .3:
-            jerky = any(motions[i] not in ("blinks", "stays") for i in shown) and "blinks" not in motions
-            vanishing = any(motions[i] != "blinks" for i in shown)
-            scene.flow = rng.choice(["cut"] + ["jerky"] * jerky + ["vanishing"] * vanishing)
+            scene.flow = rng.choice(["cut"] + ["jerky"] * any(motions[i] in STEPS for i in shown))
         if rng.random() < .5:
             fault = rng.choice(["small", "background", "light", "light"])
             setattr(scene, fault, True if fault == "small" else rng.choice(["clashing", "tinted"] if fault == "background" else ["too dark", "washed out", "flickering"]))
@@ -140,7 +138,7 @@ def place(scene, rng):
 
 
 def render(prompt, scene):
-    """The scene as 4 PIL images, (32, 32) RGB; the same scene gives the same pixels."""
+    """The scene as 3 PIL images, (32, 32) RGB; the same scene gives the same pixels."""
     rng, noise, frames = random.Random(scene.seed), np.random.RandomState(scene.seed), []
     grounds = [rng.choice(CLASHING) if scene.background == "clashing" else PLAIN] * 2
     if scene.background == "tinted":
@@ -150,7 +148,7 @@ def render(prompt, scene):
         grounds[1] = rng.choice([c for c in CLASHING if c != grounds[0]])
     starts, free = place(scene, rng)
     jitter = [(rng.randint(-1, 0), rng.randint(-1, 0)) for _ in range(8)]
-    gone, order = rng.choice([1, 2]), rng.choice([[0, 2, 1, 3], [0, 0, 3, 3]]) if scene.flow == "jerky" else range(FRAMES)
+    order = rng.choice([[0, 0, 2], [0, 2, 2]]) if scene.flow == "jerky" else range(FRAMES)
     faint, blended, noisy, spread = rng.uniform(.25, .45), rng.uniform(.4, .6), rng.uniform(12, 40), rng.uniform(.2, .4)
     dims = [1 - spread * (t % 2) for t in range(FRAMES)] if rng.random() < .5 else 1 - spread * noise.rand(FRAMES, 3)
     for t, u in enumerate(i / (FRAMES - 1) for i in order):
@@ -165,12 +163,8 @@ def render(prompt, scene):
             cover = cover[top - y:bottom - y, left - x:right - x, None]
             canvas[top:bottom, left:right] += cover * (np.array(COLORS[item[0]], np.float32) - canvas[top:bottom, left:right])
 
-        vanishing = scene.flow == "vanishing" and t == gone
         for i, (item, motion, cell, shift) in enumerate(zip(scene.objects, scene.motions, starts, jitter)):
             if not item or motion == "blinks" and t % 2:
-                continue
-            if vanishing and motion != "blinks":
-                vanishing = False
                 continue
             step = tuple(u * d for d in STEPS.get(motion, (0, 0)))
             radius = 3 + 3.5 * (u if motion == "grows" else 1 - u) if motion in ("grows", "shrinks") else 5.5
@@ -241,16 +235,13 @@ class Records(toy_world.Records):
 # ---------------------------------------------------------------- the oracle
 
 def motion(track):
-    """The motion of one object, its measurement (or None) in each frame; None where it is none of MOTIONS. One lost frame in between is
-    forgiven, and so is the order of the frames between the first and the last."""
-    seen = [o is not None for o in track]
-    if sum(seen) == 2 and seen[0] == seen[2]:
-        first, last = [o for o in track if o]
-        return "blinks" if max(abs(last["x"] - first["x"]), abs(last["y"] - first["y"])) < 5 else None
-    if sum(seen) < FRAMES - 1 or not (seen[0] and seen[-1]):
+    """The motion of one object, its measurement (or None) in each of 3 frames, by the first and the last; None where it is none of MOTIONS."""
+    first, between, last = track
+    if not (first and last):
         return None
-    first, last = track[0], track[-1]
     dx, dy, growth = last["x"] - first["x"], last["y"] - first["y"], last["area"] / first["area"]
+    if not between:
+        return "blinks" if max(abs(dx), abs(dy)) < 4.5 and 1 / 1.5 < growth < 1.5 else None
     if max(abs(dx), abs(dy)) < 4.5:
         return "grows" if growth > 1.8 else "shrinks" if growth < 1 / 1.8 else "stays" if 1 / 1.5 < growth < 1.5 else None
     if max(abs(dx), abs(dy)) < 10 or min(abs(dx), abs(dy)) > 4.5 or not 1 / 1.8 < growth < 1.8:
