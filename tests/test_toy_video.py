@@ -33,7 +33,7 @@ def test_held_out_prompts_are_never_trained_on_and_every_word_is():
 
 @pytest.mark.parametrize("verb", V.MOTIONS)
 def test_every_motion_is_recognised_and_no_other_is(verb):
-    for seed in range(4):
+    for seed in range(2):
         prompt, scene = scene_of([verb], seed)
         frames = V.render(prompt, scene)
         assert [m for m in V.MOTIONS if V.success({**prompt, "motions": [m]}, frames)] == [verb]
@@ -42,9 +42,18 @@ def test_every_motion_is_recognised_and_no_other_is(verb):
         assert backwards == [verb if verb in ("blinks", "stays") else V.OPPOSITE[verb]]
 
 
+def test_left_is_left_and_down_is_down():
+    """By the centre of the dark pixels alone: x falls on the way left, y grows on the way down, the area when it grows."""
+    def course(verb):
+        dark = [np.nonzero(np.asarray(f.convert("L")) < 200) for f in V.render(*scene_of([verb]))]
+        return [np.sign(np.diff(values)).tolist() for values in zip(*((xs.mean().round(), ys.mean().round(), len(xs)) for ys, xs in dark))]
+    assert course("moves left")[:2] == [[-1, -1], [0, 0]] and course("moves right")[0] == [1, 1]
+    assert course("moves down")[:2] == [[0, 0], [1, 1]] and course("moves up")[1] == [-1, -1] and course("grows")[2] == [1, 1]
+
+
 @pytest.mark.parametrize("defects, least", [(False, .99), (True, .9)])
 def test_oracle_agrees_with_the_scenes(defects, least):
-    rng, hits, n = random.Random(3), 0, 150
+    rng, hits, n = random.Random(3), 0, 100
     for _ in range(n):
         prompt = V.sample_prompt(rng)
         scene = V.sample_scene(prompt, rng, defects=defects)
@@ -63,14 +72,14 @@ def test_drift_between_frames_is_noticed():
 
 def test_traces_keep_the_contract():
     dazzled = 0
-    for record in V.Records("train", "trace", 200):
+    for record in V.Records("train", "trace", 120):
         verdict = parse_verdict(record["response"])
         assert not [i for i in verdict.issues if "sum" in i] and [c.anchor for c in verdict.categories] == ["A", "B", "C"]
         assert all(3 <= len(c.dims) <= 5 and all(d.score_1 + d.score_2 == 10 for d in c.dims) for c in verdict.categories)
         if verdict.winner != data.WINNERS[record["winner"]]:
             assert "looks decide" in json.loads(record["response"])["reason"]
             dazzled += 1
-    assert .01 < dazzled / 200 < .15
+    assert .01 < dazzled / 120 < .15
 
 
 def test_without_a_coin_the_teacher_agrees_with_people():
@@ -111,7 +120,7 @@ def judge_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def generator_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generator") / "model"
-    pipe = M.make_clip_generator(0, width=32, layers=2, clips=300)
+    pipe = M.make_clip_generator(0, width=32, layers=2, clips=200)
     torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=.05)
     pipe.save_pretrained(folder)
     return str(folder)
