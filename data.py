@@ -19,6 +19,7 @@ A video is an mp4, a GIF or a folder of frames. Legend: B records, T tokens, N c
 import argparse
 import csv
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -38,6 +39,7 @@ from reward import (Candidate, Comparison, Failure, build_messages, chat_text, f
                     parse_verdict, schedule_pairs, win_rates)
 
 FIELDS = {"preference": ["chosen", "rejected"], "trace": ["response"], "pair": ["winner"], "question": ["instruction"], "image": ["images"], "prompt": []}
+TOYS = {"toy": "image", "toy-video": "video"}        # a source of records -> the world they are of
 WINNERS = {"Image 1": 1, "Image 2": 2, "Video 1": 1, "Video 2": 2, "Tie": 0}
 PLACE = re.compile("<image>|<video>")                # where in an instruction a medium stands; without any, all come first
 
@@ -172,11 +174,18 @@ def read_records(path, kind, skip_bad=False):
     return records
 
 
-def toy_world():
-    """The module tests/toy_world.py, which stages import only when asked for `toy`."""
+def toy_world(world="image"):
+    """The module tests/toy_world.py, or tests/toy_video.py for "video", which stages import only when asked for `toy`."""
     sys.path.append(str(Path(__file__).parent / "tests"))
-    import toy_world
-    return toy_world
+    return importlib.import_module({"image": "toy_world", "video": "toy_video"}[world])
+
+
+def in_world(args):
+    """The beginning of a stage's folders in the toy world of `--world`, whose records `toy` in the options is made to mean."""
+    for name in ("data", "eval_data"):
+        source = getattr(args, name)
+        setattr(args, name, "toy-video" + source[3:] if args.world == "video" and source.split(":")[0] == "toy" else source)
+    return "out/video-" if args.world == "video" else "out/"
 
 
 def toy_models():
@@ -187,16 +196,17 @@ def toy_models():
 
 
 def know_toy_classes(path):
-    """Import the codec that a toy pipeline's folder names; from_pretrained wants it imported before. Other folders need nothing. True for a
-    toy pipeline."""
+    """The arguments of a call of the toy pipeline in a folder, {} for other folders. Its codec's class is imported, as from_pretrained wants."""
     index = Path(path, "model_index.json")
-    return index.exists() and '"toy_models"' in index.read_text() and bool(toy_models())
+    text = index.read_text() if index.exists() else ""
+    return toy_models().CALLS[json.loads(text)["_class_name"]] if '"toy_models"' in text else {}
 
 
 def open_records(source, kind, num=None, seed=0, skip_bad=False):
-    """A sequence of records: `toy:SPLIT` (train, val, test, scenes) makes `num` of them, a file gives all it has."""
-    if source.split(":")[0] == "toy":
-        return toy_world().Records(source.partition(":")[2] or "train", kind, num, seed)
+    """A sequence of records: `toy:SPLIT` (train, val, test, scenes) makes `num` of them, `toy-video:SPLIT` clips, a file gives all it has."""
+    name, _, split = source.partition(":")
+    if name in TOYS:
+        return toy_world(TOYS[name]).Records(split or "train", kind, num, seed)
     return read_records(source, kind, skip_bad)
 
 
@@ -563,7 +573,7 @@ def sift(args):
     else:
         from sft import has_bf16, load_pipeline, pipe_arg, sample_media         # sft imports this file
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        pipe_args = {**(toy_models().PIPE_ARGS if know_toy_classes(args.model) else {}), **dict(map(pipe_arg, args.pipe_arg))}
+        pipe_args = {**know_toy_classes(args.model), **dict(map(pipe_arg, args.pipe_arg))}
         pipe = load_pipeline(args.model, device, torch.bfloat16 if device.type == "cuda" and has_bf16() else torch.float32)
 
     def build(numbers):

@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from data import (batch_indices, build_preferences, comparison, encode, know_toy_classes, open_records, read_records, toy_models, toy_world, write_jsonl,
+from data import (batch_indices, build_preferences, comparison, encode, in_world, know_toy_classes, open_records, read_records, toy_world, write_jsonl,
                   WINNERS)
 from reward import Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
 # toolbox and driver from sft.py; paste those blocks here to stand alone
-from sft import (Log, adapters_off, denoisers, draw_curves, draw_grid, draw_verdict, encode_media, enter, gather, generator, has_bf16, load_checkpoint,
+from sft import (Log, adapters_off, denoisers, draw_before_after, draw_curves, draw_verdict, encode_media, enter, gather, generator, has_bf16, load_checkpoint,
                  load_pipeline, make_optimizers, optimizer_step, peak_gib, pipe_arg, predict, prediction_type, prepare_training, sample_media, save_adapter,
                  save_checkpoint, save_pipeline, save_whole, seeded_noise, set_lr, shard, start_ranks, token_logps, total, trainable)
 
@@ -41,7 +41,7 @@ def parse_args(argv=None):
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     # model
     add("--task", choices=["judge", "generator"], default="judge", help="what is trained: a judge or a diffusers pipeline")
-    add("--model", help="folder or hub id to start from  [out/judge-sft/model, out/generator-sft/model]")
+    add("--model", help="folder or hub id to start from  [out/judge-sft/model, out/generator-sft/model; video world out/video-...]")
     add("--template", help="file with the judge's instruction, {prompt} and {medium} in it; default: the model's own, or reward.TEMPLATE")
     # data
     add("--data", help="JSONL of pairs (for a judge to sample traces for) or of preferences; toy: pairs made as needed  [toy, out/sift/pairs.jsonl]")
@@ -53,6 +53,7 @@ def parse_args(argv=None):
     add("--judge-batch", type=int, help="pairs judged at a time  [200, where verdicts are long 16]")
     add("--max-tokens", type=int, default=8192, help="a longer record is refused, never cut")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
+    add("--world", choices=["image", "video"], default="image", help="which toy world is meant by toy: still or in motion")
     # generator
     add("--pipe-arg", type=pipe_arg, nargs="*", default=[], help="key=value for the pipeline's call, as height=512; guidance is off in training unless "
         "guidance_scale is among them")
@@ -84,7 +85,7 @@ def parse_args(argv=None):
     add("--compile", action=flag, default=False, help="torch.compile each block")
     add("--max-new-tokens", type=int, help="longest verdict written  [toy data 256, else 2048]")
     add("--seed", type=int, default=0)
-    add("--out", help="run folder  [out/judge-dpo, out/generator-dpo]")
+    add("--out", help="run folder  [out/judge-dpo, out/generator-dpo; video world out/video-...]")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
     args = parser.parse_args(argv)
@@ -92,7 +93,9 @@ def parse_args(argv=None):
     judge = args.task == "judge"
     if not judge and (args.adapter or args.precompute_ref):
         parser.error("--adapter and --precompute-ref are for judges: a generator is asked at new noise levels in every step")
-    defaults = dict(model=f"out/{args.task}-sft/model", data="toy" if judge else "out/sift/pairs.jsonl", out=f"out/{args.task}-dpo",
+    args.data = args.data or ("toy" if judge else "out/sift/pairs.jsonl")
+    out = in_world(args)
+    defaults = dict(model=f"{out}{args.task}-sft/model", out=f"{out}{args.task}-dpo",
                     eval_num=400 if judge else 1024, lora_rank=16 if judge else 32, beta=.3 if judge else 5000, lr=3e-4 if judge else 1e-3,
                     max_steps=60 if judge else 300, batch_size=16 if judge else 64, bf16=has_bf16(),
                     lora_targets=r"(language|text)_model\..*_proj\w*$" if judge else
@@ -259,7 +262,7 @@ class Judge:
         shown = mended[stayed.index(max(stayed))] if mended else 0
         pair = comparison(self.held_out[shown], swap=before["flipped"][shown])
         texts = [f"{when}\n\n{format_verdict(d['verdicts'][shown], pair.prompt)}" for when, d in (("before", before), ("after", after))]
-        draw_verdict(pair.media_1 + pair.media_2, texts, out / "verdict.png")
+        draw_verdict([pair.media_1, pair.media_2], texts, out / "verdict.png")
         return after
 
     def save(self, folder):
@@ -279,11 +282,9 @@ class Generator:
 
     def __init__(self, args, ranks):
         self.args, self.ranks = args, ranks
-        know_toy_classes(args.model)
+        args.pipe_arg = {**know_toy_classes(args.model), **args.pipe_arg}
         half = ranks.device.type == "cuda" and args.bf16 and args.lora_rank
         self.pipe = pipe = load_pipeline(args.model, ranks.device, torch.bfloat16 if half else torch.float32)
-        if type(pipe.vae).__module__ == "toy_models":
-            args.pipe_arg = {**toy_models().PIPE_ARGS, **args.pipe_arg}
         models, scheduler = denoisers(pipe), pipe.scheduler
         if args.fsdp and len(models) > 1:
             raise ValueError("--fsdp: ranks at different noise levels would gather the shards of different experts. Train without it")
@@ -368,15 +369,14 @@ class Generator:
         options = dict(autocast=self.call["autocast"], **self.args.pipe_arg)
         media = sample_media(self.pipe, [self.held_out[i]["prompt"] for i in mine], [7 * 1_000_003 + i for i in mine], 2 * self.args.batch_size, **options)
         media = [frames for _, frames in sorted(dict(gather(zip(mine, media), self.ranks)).items())]
-        truth = toy_world().truth(self.held_out, [frames[0] for frames in media]) if "toy_prompt" in self.held_out[0] else {}
+        truth = toy_world(self.args.world).truth(self.held_out, media) if "toy_prompt" in self.held_out[0] else {}
         return {**truth, "media": media}
 
     def evaluate(self, out):
         """The samples again, and before_after.png: the same prompts and seeds, a row before and a row after."""
         after = self.sample()
-        rows = [[frames[len(frames) // 2] for frames in d["media"][i:i + 12]] for i in range(0, min(len(self.held_out), 48), 12) for d in (self.before, after)]
         if self.ranks.rank == 0:
-            draw_grid(rows, out / "before_after.png")
+            draw_before_after(self.before["media"], after["media"], out / "before_after.png")
         return after
 
     def save(self, folder):

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import batch_indices, know_toy_classes, open_records, toy_models, toy_world
+from data import batch_indices, in_world, know_toy_classes, open_records, toy_world
 from reward import (Comparison, Failure, asks_judge, blend_advantages, find_judge, group_advantages, load_media, normalize, open_judge,
                     open_rewards, parse_verdict, reward_values, schedule_pairs, win_rates)
 # toolbox and driver from sft.py; paste those blocks here to stand alone
-from sft import (Done, Log, adapters_off, denoisers, draw_curves, draw_grid, frames_of, gather, generator, load_checkpoint, load_pipeline,
+from sft import (Done, Log, adapters_off, denoisers, draw_before_after, draw_curves, frames_of, gather, generator, load_checkpoint, load_pipeline,
                  make_optimizers, optimizer_step, peak_gib, pipe_arg, prediction_type, prepare_training, run, sample_media, save_adapter,
                  save_checkpoint, save_pipeline, save_whole, seeded_noise, set_lr, start_ranks, total, trainable, velocity)
 
@@ -31,7 +31,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     # model
-    add("--model", default="out/generator-sft/model", help="folder or hub id of the diffusers pipeline to improve")
+    add("--model", help="folder or hub id of the diffusers pipeline to improve  [out/generator-sft/model; video world out/video-...]")
     add("--judge", help="folder, hub id or URLs of the judge  [the newest of out/judge-dpo/model and out/judge-sft/model]")
     # data
     add("--data", default="toy", help="prompts: a text file, one a line, a CSV column or JSONL; toy: made as needed")
@@ -41,6 +41,7 @@ def parse_args(argv=None):
     add("--eval-every", type=int, default=16, help="steps between small evaluations with a sheet of samples; 0: only before and after")
     add("--watch", help="rewards measured on held-out samples beside the one that is trained on, as clip or FILE.py:function")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
+    add("--world", choices=["image", "video"], default="image", help="which toy world is meant by toy: still or in motion")
     # generator
     add("--pipe-arg", type=pipe_arg, nargs="*", default=[], help="key=value for the pipeline's call, as height=512 num_inference_steps=15")
     add("--group-size", type=int, default=8, help="G, images per prompt")
@@ -90,11 +91,13 @@ def parse_args(argv=None):
     add("--compile", action=flag, default=False, help="torch.compile each block")
     add("--park-encoders", action=flag, default=False, help="text encoders wait on the CPU while nothing is encoded")
     add("--seed", type=int, default=0)
-    add("--out", default="out/grpo", help="run folder")
+    add("--out", help="run folder  [out/grpo; video world out/video-grpo]")
     add("--save-every", type=int, default=20, help="steps between checkpoints")
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
+    out = in_world(args)
+    args.model, args.out = args.model or f"{out}generator-sft/model", args.out or f"{out}grpo"
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
     args.judge_batch = args.judge_batch or (200 if args.max_new_tokens <= 256 else 16)
     if args.loss == "nft" and args.epochs > 1:
@@ -319,11 +322,6 @@ def source_images(records):
     return {"image": [load_media(record["source"])[0] for record in records]} if "source" in records[0] else {}
 
 
-def draw_samples(media, path, columns=12):
-    """A sheet of samples, of a video its middle frame."""
-    draw_grid([[frames[len(frames) // 2] for frames in media[i:i + columns]] for i in range(0, len(media), columns)], path)
-
-
 def main(argv=None):
     args, ranks = parse_args(argv), start_ranks()
     if min(args.eta, args.sde_steps, args.eval_num) <= 0:
@@ -333,7 +331,7 @@ def main(argv=None):
         if folder.startswith("out/") and not Path(folder).exists():
             raise SystemExit(f"{folder} is not there yet. Make it first: {command}")
     try:
-        args.judge = args.judge or (str(find_judge()) if asks else None)
+        args.judge = args.judge or (str(find_judge("video-" * (args.world == "video"))) if asks else None)
         judge = open_judge(args.judge, args.max_new_tokens, batch_size=args.judge_batch) if args.judge else None
         rewards, watched = open_rewards(args.reward, judge), open_rewards(args.watch, judge) if args.watch else []
         if any(name == "flex" for _, name, _ in watched):
@@ -341,7 +339,7 @@ def main(argv=None):
     except ValueError as error:
         raise SystemExit(f"grpo.py: {error}") from None
     torch.manual_seed(args.seed)
-    know_toy_classes(args.model)
+    args.pipe_arg = {**know_toy_classes(args.model), **args.pipe_arg}
     half = ranks.device.type == "cuda" and args.bf16 and args.lora_rank         # what LoRA freezes is bfloat16, what trains float32
     try:
         pipe = load_pipeline(args.model, ranks.device, torch.bfloat16 if half else torch.float32, args.park_encoders)
@@ -350,8 +348,6 @@ def main(argv=None):
     except ValueError as error:
         raise SystemExit(f"grpo.py: {error}") from None
     records = open_records(args.data, "prompt", args.data_num, args.seed, args.skip_bad)
-    if args.data.split(":")[0] == "toy":
-        args.pipe_arg = {**toy_models().PIPE_ARGS, **args.pipe_arg}
     modules = {f"{name}.": module for name, module in denoisers(pipe).items()}
     for module in modules.values():
         prepare_training(module, ranks, args.lora_rank, args.lora_alpha, args.lora_targets, grad_ckpt=args.grad_ckpt, compile=args.compile, fsdp=args.fsdp,
@@ -378,7 +374,7 @@ def main(argv=None):
                              **source_images([held_out[i] for i in own]), **pipe_args)
         found = dict(gather(zip(own, media), ranks))
         media = [found[i] for i in range(len(held_out))]
-        numbers = toy_world().truth(held_out, [frames[0] for frames in media]) if "toy_prompt" in held_out[0] else {}
+        numbers = toy_world(args.world).truth(held_out, media) if "toy_prompt" in held_out[0] else {}
         for reward in watched:
             own = range(ranks.rank, len(media), ranks.world)
             values = reward_values(reward, [media[i] for i in own], [held_out[i]["prompt"] for i in own])
@@ -460,7 +456,7 @@ def main(argv=None):
             if judge:
                 row.update({f"held_out_{k}": v for k, v in win_rate_over(samples, base_media, prompts).items()})
             if ranks.rank == 0:
-                draw_samples(samples[:24], Path(args.out, f"samples_{step + 1:06d}.png"))
+                draw_before_after(base_media, samples, Path(args.out, f"samples_{step + 1:06d}.png"), 12)
         log.write(step=step + 1, **row, lr=lr, grad_norm=grad_norm, **{f"{k}_s": v for k, v in spent.items()}, peak_gib=peak_gib())
         bar.set_postfix(ties=f"{row['ties']:.2f}", kl=f"{row['kl']:.3g}", true=row.get("held_out_true", ""))
         if step + 1 in (1, args.max_steps) or (step + 1) % args.save_every == 0:
@@ -475,8 +471,7 @@ def main(argv=None):
     save_whole(lambda: save_pipeline(pipe, Path(args.out, "model")), modules.values(), ranks)
     if ranks.rank == 0:
         draw_curves(log.rows, ["held_out_win_rate", "held_out_true", "held_out_cast", "kl", "ties", "grad_norm"], Path(args.out, "curves.png"))
-        draw_samples([frames for i in range(0, min(len(media_after), 48), 12) for side in (media_before, media_after) for frames in side[i:i + 12]],
-                     Path(args.out, "before_after.png"))
+        draw_before_after(media_before, media_after, Path(args.out, "before_after.png"))
         print(f"{len(media_after)} held-out samples    before    after")
         for name, value in before.items():
             print(f"  {name:20s} {value:8.3f} {after[name]:8.3f}")

@@ -93,10 +93,10 @@ def chat_text(processor, messages):
 
 
 def load_media(item, num_frames=8):
-    """A list of PIL images: one for an image (in memory: as it is; a data URL); up to `num_frames`, sampled uniformly, of a GIF, an mp4
+    """A list of PIL images: one for an image (in memory: as it is, and so are lists of frames; a data URL); up to `num_frames`, sampled uniformly, of a GIF, an mp4
     (or what else `av` reads) or a folder of frames. ValueError names a file that cannot be read."""
-    if isinstance(item, Image.Image):
-        return [item]
+    if isinstance(item, (Image.Image, list)):
+        return item if isinstance(item, list) else [item]
     if str(item).startswith("data:"):
         try:
             return [Image.open(io.BytesIO(base64.b64decode(item.partition(",")[2], validate=True))).convert("RGB")]
@@ -642,11 +642,11 @@ def open_judge(judge=None, max_new_tokens=2048, **options):
     return ServerJudge(urls.split(","), model, max_new_tokens=max_new_tokens, **options)
 
 
-def find_judge():
-    """The newest judge trained in the current folder."""
-    files = [file for stage in ("dpo", "sft") for file in Path("out").glob(f"judge-{stage}/model/config.json")]
+def find_judge(prefix=""):
+    """The newest judge trained in the current folder, in out/{prefix}judge-dpo or out/{prefix}judge-sft."""
+    files = [file for stage in ("dpo", "sft") for file in Path("out").glob(f"{prefix}judge-{stage}/model/config.json")]
     if not files:
-        raise ValueError("no judge in out/judge-dpo/model or out/judge-sft/model; train one with `python sft.py`, or pass --judge")
+        raise ValueError(f"no judge in out/{prefix}judge-dpo/model or out/{prefix}judge-sft/model; train one with `python sft.py`, or pass --judge")
     return max(files, key=lambda file: file.stat().st_mtime).parent
 
 # ------------------------------------------------------------------------------------------------ other rewards

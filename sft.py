@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import batch_indices, comparison, encode, know_toy_classes, open_records, toy_models, toy_world, WINNERS
+from data import batch_indices, comparison, encode, in_world, know_toy_classes, open_records, toy_models, toy_world, WINNERS
 from reward import Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
 
 # ================================================================================================ toolbox
@@ -543,28 +543,46 @@ def draw_curves(rows, names, path, width=420, height=240):
         sheet.save(path)
 
 
-def draw_grid(rows, path, zoom=2, gap=2, titles=()):
-    """A PNG of rows of equally large images, with an optional line of text above each row."""
-    width, height = (side * zoom for side in rows[0][0].size)
-    line, font = (16 if titles else 0), ImageFont.load_default(12)
-    sheet = Image.new("RGB", (len(rows[0]) * (width + gap), len(rows) * (height + gap + line)), "white")
-    for y, row in enumerate(rows):
-        if titles:
-            ImageDraw.Draw(sheet).text((2, y * (height + gap + line)), titles[y], fill="black", font=font)
-        for x, image in enumerate(row):
-            sheet.paste(image.resize((width, height), Image.NEAREST), (x * (width + gap), y * (height + gap + line) + line))
-    sheet.save(path)
+def draw_grid(rows, path, gap=2):
+    """A PNG of rows of equally large media, lists of frames, of which up to 4 stand side by side. Of clips a GIF too, in which they move."""
+    side, length = max(rows[0][0][0].size), max(len(frames) for row in rows for frames in row)
+    zoom = 2 if side < 128 else min(1, 256 / side)
+    width, height = (round(zoom * pixels) for pixels in rows[0][0][0].size)
+
+    def sheet(shown):                                # numbers of the frames
+        step = len(shown) * width + gap
+        out = Image.new("RGB", (len(rows[0]) * step, len(rows) * (height + gap)), "white")
+        for y, row in enumerate(rows):
+            for x, frames in enumerate(row):
+                for k, i in enumerate(shown):
+                    frame = frames[i % len(frames)].resize((width, height), Image.NEAREST if zoom > 1 else Image.LANCZOS)
+                    out.paste(frame, (x * step + k * width, y * (height + gap)))
+        return out
+
+    sheet(range(0, length, math.ceil(length / 4))).save(path)
+    if length > 1:
+        first, *rest = map(sheet, ([i] for i in range(length)))
+        first.save(os.path.splitext(path)[0] + ".gif", save_all=True, append_images=rest, duration=300, loop=0)
 
 
-def draw_verdict(images, texts, path, side=240):
-    """A PNG with a pair of images on the left and one column per text beside them."""
+def draw_before_after(before, after, path, num=48):
+    """draw_grid of up to `num` samples of two lists of media, a row before and a row after."""
+    width, num = (12 if len(before[0]) == 1 else 6), min(num, len(before))
+    draw_grid([media[i:min(i + width, num)] for i in range(0, num, width) for media in (before, after)], path)
+
+
+def draw_verdict(media, texts, path, side=240):
+    """A PNG with a pair of images, or the frames of a pair of clips, on the left and one column per text beside them."""
     font, texts = ImageFont.load_default(13), [t.translate(dict.fromkeys(map(ord, "│├└─"), " ")) for t in texts]    # it has no such glyphs
     boxes = [ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), t, font=font) for t in texts]
-    height = max([side * len(images) + 30] + [int(b[3]) + 20 for b in boxes])
-    sheet = Image.new("RGB", (side + 40 + sum(int(b[2]) + 30 for b in boxes), height), "white")
-    draw, x = ImageDraw.Draw(sheet), side + 40
-    for i, image in enumerate(images):
-        sheet.paste(image.resize((side, side), Image.NEAREST), (10, 10 + i * (side + 10)))
+    length = max(map(len, media))
+    side = side if length == 1 else side // 2
+    height = max([(side + 15) * len(media)] + [int(b[3]) + 20 for b in boxes])
+    sheet = Image.new("RGB", (side * length + 40 + sum(int(b[2]) + 30 for b in boxes), height), "white")
+    draw, x = ImageDraw.Draw(sheet), side * length + 40
+    for y, frames in enumerate(media):
+        for k, frame in enumerate(frames):
+            sheet.paste(frame.resize((side, side), Image.NEAREST), (10 + k * side, 10 + y * (side + 10)))
     for text, box in zip(texts, boxes):
         draw.multiline_text((x, 10), text, fill="black", font=font)
         x += int(box[2]) + 30
@@ -826,6 +844,7 @@ def parse_args(argv=None):
     add("--data-num", type=int, default=16000, help="toy images rendered for the generator")
     add("--max-tokens", type=int, default=8192, help="a longer record is refused, never cut")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
+    add("--world", choices=["image", "video"], default="image", help="which toy world is meant by toy: still or in motion")
     # generator
     add("--pipe-arg", type=pipe_arg, nargs="*", default=[], help="key=value for the pipeline's call, as height=512; with classifier-free guidance "
         "add guidance_scale=1, or the guided velocity is trained")
@@ -853,14 +872,14 @@ def parse_args(argv=None):
     add("--compile", action=flag, default=False, help="torch.compile each block")
     add("--max-new-tokens", type=int, help="longest verdict written in evaluations  [toy 256, else 2048]")
     add("--seed", type=int, default=0)
-    add("--out", help="run folder  [out/judge-sft, out/generator-sft]")
+    add("--out", help="run folder  [out/judge-sft, out/generator-sft; video world out/video-...]")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
     judge = args.task == "judge"
     defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=1200 if judge else 750, batch_size=16 if judge else 128, eval_num=400 if judge else 256,
-                    out=f"out/{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
+                    out=f"{in_world(args)}{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
                     max_new_tokens=256 if args.model == "toy" else 2048)
     defaults["judge_batch"] = 200 if (args.max_new_tokens or defaults["max_new_tokens"]) <= 256 else 16
     for name, value in defaults.items():
@@ -888,7 +907,8 @@ class Judge:
 
     def __init__(self, args, ranks):
         if args.model == "toy":
-            (self.model, self.processor), self.template = toy_models().make_judge(args.seed), toy_models().INSTRUCTION
+            self.model, self.processor = toy_models().make_judge(args.seed, world=toy_world(args.world))
+            self.template = toy_models().INSTRUCTION.replace("image", args.world)
         else:
             half = ranks.device.type == "cuda" and args.bf16 and (args.lora_rank or args.adapter)       # what LoRA freezes
             judge = LocalJudge(args.model, template=args.template and Path(args.template).read_text(),
@@ -917,7 +937,7 @@ class Judge:
         judge = LocalJudge(out / "model", batch_size=self.args.judge_batch, max_new_tokens=self.args.max_new_tokens)
         result = evaluate_judge(judge, [comparison(p) for p in pairs], [WINNERS[p["winner"]] for p in pairs], random.Random(0))
         shown = comparison(pairs[0], swap=result["flipped"][0])
-        draw_verdict(shown.media_1 + shown.media_2, [format_verdict(result["verdicts"][0], shown.prompt)], out / "verdict.png")
+        draw_verdict([shown.media_1, shown.media_2], [format_verdict(result["verdicts"][0], shown.prompt)], out / "verdict.png")
         return {k: v for k, v in result.items() if isinstance(v, (int, float))}
 
     def save(self, folder, ranks):
@@ -935,17 +955,17 @@ class Generator:
 
     def __init__(self, args, ranks):
         if args.model == "toy":
-            self.pipe = prepare(toy_models().make_generator(args.seed), ranks.device)
-            args.pipe_arg = {**toy_models().PIPE_ARGS, **args.pipe_arg}
+            self.pipe = prepare(toy_models().GENERATORS[args.world](args.seed), ranks.device)
+            args.pipe_arg = {**toy_models().CALLS[type(self.pipe).__name__], **args.pipe_arg}
         else:
-            know_toy_classes(args.model)
+            args.pipe_arg = {**know_toy_classes(args.model), **args.pipe_arg}
             half = ranks.device.type == "cuda" and args.bf16 and (args.lora_rank or args.adapter)
             self.pipe = load_pipeline(args.model, ranks.device, torch.bfloat16 if half else torch.float32)
         self.modules, self.args = {f"{name}.": module for name, module in denoisers(self.pipe).items()}, args
         self.records = open_records(args.data, "image", args.data_num, args.seed, args.skip_bad)
         self.records = [self.records[i] for i in range(len(self.records))]
         size = {k: v for k, v in args.pipe_arg.items() if k in ("height", "width")}
-        self.latents = torch.cat([encode_media(self.pipe, [load_media(r.pop("images")[0]) for r in self.records[i:i + 256]], **size)
+        self.latents = torch.cat([encode_media(self.pipe, [load_media(r.pop("videos" if "videos" in r else "images")[0]) for r in self.records[i:i + 256]], **size)
                                   for i in range(0, len(self.records), 256)])   # (N, ...)
 
     def batch(self, indices, step):
@@ -968,9 +988,9 @@ class Generator:
         prompts = [prompts[i] for i in range(min(len(prompts), self.args.eval_num))]
         know_toy_classes(out / "model")
         pipe = load_pipeline(out / "model", self.pipe.device)
-        images = [frames[0] for frames in sample_media(pipe, [p["prompt"] for p in prompts], range(len(prompts)), self.args.batch_size, **self.args.pipe_arg)]
-        draw_grid([images[i:i + 8] for i in range(0, min(len(images), 64), 8)], out / "samples.png")
-        return toy_world().truth(prompts, images) if "toy_prompt" in prompts[0] else {}
+        media = sample_media(pipe, [p["prompt"] for p in prompts], range(len(prompts)), self.args.batch_size, **self.args.pipe_arg)
+        draw_grid([media[i:i + 8] for i in range(0, min(len(media), 64), 8)], out / "samples.png")
+        return toy_world(self.args.world).truth(prompts, media) if "toy_prompt" in prompts[0] else {}
 
     def save(self, folder, ranks):
         save_whole(lambda: save_pipeline(self.pipe, folder), self.modules.values(), ranks)

@@ -1,56 +1,60 @@
-"""Makers of the toy world's tiny models: a Qwen3-VL judge and a FLUX generator, real classes built from configs, from nothing."""
+"""Makers of the toy worlds' tiny models: a Qwen3-VL judge, a FLUX and a Wan generator, real classes built from configs, from nothing."""
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, ModelMixin
+from diffusers import (ConfigMixin, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, ModelMixin, WanPipeline,
+                       WanTransformer3DModel)
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil, Qwen3VLConfig,
                           Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
 
+import toy_video as V
 import toy_world as W
 from reward import without_video
 
-PATCH, MERGE = 8, 2                                  # one visual token covers a 16 x 16 cell, so an image is 9 tokens
-INSTRUCTION = "Compare the images for: {prompt}"     # a tiny judge reads a short one
+PATCH, MERGE = 8, 2                                  # one visual token covers a 16 x 16 cell: an image is 9 tokens, a clip 3 x 9
+INSTRUCTION = "Compare the images for: {prompt}"     # a tiny judge reads a short one; "videos" of clips
 SPECIAL = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
            "vision_end_token": "<|vision_end|>"}
 PIECES = (r"""[\]},{\["]*"(?:categories":\[\{"name":"[^"]*","dims":\[\{"|name":"[A-D]\.[^"]*","dims":\[\{")?name":"(?:the\b|[^".]*","reason_1":")|"""
-          r"""[\]},{\["]*"[a-z_0-9]+":"?|, (?:correct|partial|wrong)|: (?:looks|content) decides?|Image \d|"""
+          r"""[\]},{\["]*"[a-z_0-9]+":"?|, (?:correct|partial|wrong)|: (?:looks|content) decides?|(?:Image|Video) \d|"""
           r""" leads on (?:the\b|[A-Z][a-z]+(?: [a-z]+)?)| ?[A-Za-z]+| ?\d|[^\sA-Za-z\d]+|\s+""")   # a rubric's line begins with one token
 CHAT = """{%- set n = namespace(images=0) -%}{%- for m in messages -%}<|im_start|>{{ m['role'] + '\\n' }}{%- if m['content'] is string -%}
-{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}{%- set n.images = n.images + 1 -%}
-{{ 'Image ' ~ n.images }}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ c['text'] }}{%- endif -%}
+{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}{{ 'MEDIUM ' ~ (n.images // FRAMES + 1) }}{%- if FRAMES > 1 -%}{{ ' ' ~ (n.images % FRAMES + 1) }}{%- endif -%}
+{%- set n.images = n.images + 1 -%}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ c['text'] }}{%- endif -%}
 {%- endfor -%}{%- endif -%}<|im_end|>{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 
 
-def make_judge_tokenizer(vocab_size=768, num_texts=2000):
+def make_judge_tokenizer(vocab_size=768, num_texts=2000, world=W):
     """A byte-level BPE trained on the teacher's traces; pieces such as `","score_1":` become single tokens."""
-    corpus = [r[k] for r in W.Records("train", "trace", num_texts) for k in ("response", "prompt")]
+    corpus = [r[k] for r in world.Records("train", "trace", num_texts) for k in ("response", "prompt")]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    corpus += [INSTRUCTION, "user\n", "assistant"] * num_texts              # words of every prompt become single tokens
+    corpus += [INSTRUCTION.replace("image", world.MEDIUM.lower()), "user\n", "assistant"] * num_texts      # words of every prompt become single tokens
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL.values()]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         padding_side="left", extra_special_tokens=SPECIAL)
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = CHAT.replace("FRAMES", str(world.FRAMES)).replace("MEDIUM", world.MEDIUM)
     return tokenizer
 
 
-def make_judge(seed=0, width=128, layers=4, vision_width=96, vision_layers=2):
-    """(model, processor): a Qwen3-VL of 1.6M parameters with random weights.
+def make_judge(seed=0, width=128, layers=4, vision_width=96, vision_layers=2, world=W):
+    """(model, processor): a Qwen3-VL of 1.6M parameters with random weights, for a world's images or clips.
 
     Larger initial weights (std .06, position embeddings x 8), DeepStack and an input scaling that puts the plain ground near 0
     are what lets it learn to see within minutes.
     """
     torch.manual_seed(seed)
-    tokenizer = make_judge_tokenizer()
+    tokenizer = make_judge_tokenizer(world=world)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
     half = width // 8                                # of a head's width; rotary channels for time, height and width
     config = Qwen3VLConfig(
@@ -61,7 +65,7 @@ def make_judge(seed=0, width=128, layers=4, vision_width=96, vision_layers=2):
                          pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True, initializer_range=.06),
         vision_config=dict(depth=vision_layers, hidden_size=vision_width, intermediate_size=3 * vision_width, num_heads=3,
                            patch_size=PATCH, spatial_merge_size=MERGE, temporal_patch_size=1, out_hidden_size=width,
-                           num_position_embeddings=(W.SIZE // PATCH) ** 2, deepstack_visual_indexes=[0], initializer_range=.06),
+                           num_position_embeddings=(world.SIZE // PATCH) ** 2, deepstack_visual_indexes=[0], initializer_range=.06),
         image_token_id=ids["image_token"], video_token_id=ids["video_token"], vision_start_token_id=ids["vision_start_token"],
         vision_end_token_id=ids["vision_end_token"], tie_word_embeddings=True)
     config.initializer_range = .06
@@ -70,8 +74,8 @@ def make_judge(seed=0, width=128, layers=4, vision_width=96, vision_layers=2):
     with torch.no_grad():
         model.model.visual.pos_embed.weight.mul_(8)
     pixels = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=MERGE, temporal_patch_size=1, image_mean=[.85] * 3,
-                                      image_std=[.25] * 3, size=dict(shortest_edge=W.SIZE ** 2, longest_edge=W.SIZE ** 2))
-    return model, without_video(Qwen3VLProcessor)(pixels, tokenizer, chat_template=CHAT)
+                                      image_std=[.25] * 3, size=dict(shortest_edge=world.SIZE ** 2, longest_edge=world.SIZE ** 2))
+    return model, without_video(Qwen3VLProcessor)(pixels, tokenizer, chat_template=tokenizer.chat_template)
 
 
 # ---------------------------------------------------------------- the generator
@@ -113,12 +117,14 @@ MAX_WORDS = 12
 PIPE_ARGS = dict(height=48, width=48, max_sequence_length=MAX_WORDS, num_inference_steps=10)
 
 
-def make_word_tokenizer():
-    """One token a word, <eos> at the end."""
-    words = "a and " + " ".join([*W.SHAPES, *(s + "s" for s in W.SHAPES), *W.COLORS, *W.NUMBERS, *W.RELATIONS.values()])
-    vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *sorted(set(words.split()))])}
+WORD, WORDS = r"moves \w+|\S+", " ".join([*W.SHAPES, *(s + "s" for s in W.SHAPES), *W.COLORS, *W.NUMBERS, *W.RELATIONS.values()])
+
+
+def make_word_tokenizer(words=WORDS):
+    """One token a word, or a movement ("moves left"), <eos> at the end."""
+    vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *sorted({"a", "and", *re.findall(WORD, words)})])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
                                    model_max_length=MAX_WORDS)
@@ -152,3 +158,49 @@ def make_generator(seed=0, width=128, images=3000):
     encoders = [make_text_encoder(len(tokenizer), layers) for layers in (1, 0)]
     return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), vae=codec, text_encoder=encoders[0], tokenizer=tokenizer,
                         text_encoder_2=encoders[1], tokenizer_2=tokenizer, transformer=transformer)
+
+
+# ---------------------------------------------------------------- the generator of clips
+
+class ClipCodec(ModelMixin, ConfigMixin):
+    """Stands in for Wan's VAE: PatchCodec frame by frame. A patch's 32 numbers lie as (8, 2, 2), which Wan's transformer makes one token."""
+
+    @register_to_config
+    def __init__(self, z_dim=8, scale_factor_temporal=1, scale_factor_spatial=8, latents_mean=[0.0] * 8, latents_std=[1.0] * 8):
+        super().__init__()
+        self.frame = PatchCodec(z_dim)
+
+    def encode(self, clips):
+        """.latent_dist of (B, 8, F, 6, 6) for clips (B, 3, F, 48, 48)."""
+        z = self.frame.encode(rearrange(clips, "b c f h w -> (b f) c h w")).latent_dist.mode()
+        z = rearrange(z, "(b f) c h w -> b c f h w", b=len(clips))
+        return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda generator=None: z, mode=lambda: z))
+
+    def decode(self, z, return_dict=True):
+        """Clips (B, 3, F, 48, 48), about in [-1, 1], of latents (B, 8, F, 6, 6)."""
+        x = rearrange(self.frame.decode(rearrange(z, "b c f h w -> (b f) c h w")).sample, "(b f) c h w -> b c f h w", b=len(z))
+        return SimpleNamespace(sample=x) if return_dict else (x,)
+
+
+CLIP_ARGS = dict(height=V.SIZE, width=V.SIZE, num_frames=V.FRAMES - 1, guidance_scale=1.0, max_sequence_length=MAX_WORDS, num_inference_steps=10)
+# Wan adds the frame, as its own VAE codes the first one alone
+
+
+def make_clip_generator(seed=0, width=128, layers=4, clips=3000):
+    """A WanPipeline of 1.3M parameters with random weights: stock parts but for the codec, which is fitted to rendered clips."""
+    torch.manual_seed(seed)
+    tokenizer, records = make_word_tokenizer(" ".join([*V.SHAPES, *V.COLORS, *V.MOTIONS])), V.Records("train", "image", clips, seed)
+    pixels = np.concatenate([np.stack(records[i]["videos"][0]) for i in range(clips)])                  # (B F, H, W, 3)
+    codec = ClipCodec()
+    codec.frame.fit(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=width // 4, in_channels=8, out_channels=8, text_dim=64, freq_dim=width,
+        ffn_dim=4 * width, num_layers=layers, rope_max_seq_len=32)
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    torch.nn.init.zeros_(transformer.proj_out.bias)
+    return WanPipeline(tokenizer=tokenizer, text_encoder=make_text_encoder(len(tokenizer), 0), vae=codec, scheduler=FlowMatchEulerDiscreteScheduler(),
+                       transformer=transformer)
+
+
+GENERATORS = {"image": make_generator, "video": make_clip_generator}
+CALLS = {"FluxPipeline": PIPE_ARGS, "WanPipeline": CLIP_ARGS}                # the arguments of their calls

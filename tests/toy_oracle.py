@@ -53,7 +53,7 @@ def templates(n=23):
 def neighbours(x, reduce):
     """`reduce` over each pixel's 3 x 3 neighbourhood (edges repeated)."""
     p = np.pad(x, ((1, 1), (1, 1)) + ((0, 0),) * (x.ndim - 2), mode="edge")
-    return reduce(np.stack([p[i:i + SIZE, j:j + SIZE] for i in range(3) for j in range(3)]), 0)
+    return reduce(np.stack([p[i:i + len(x), j:j + x.shape[1]] for i in range(3) for j in range(3)]), 0)
 
 
 def components(on):
@@ -133,7 +133,7 @@ def picture_stats(images):
         x = np.asarray(image, np.float32)
         ground = np.median(border(x), 0)
         on = neighbours(np.abs(x - ground).max(-1), np.max) < 60                # away from objects
-        cells = [x[i:i + CELL, j:j + CELL][on[i:i + CELL, j:j + CELL]] for i in range(0, SIZE, CELL) for j in range(0, SIZE, CELL)]
+        cells = [x[i:i + CELL, j:j + CELL][on[i:i + CELL, j:j + CELL]] for i in range(0, len(x), CELL) for j in range(0, len(x), CELL)]
         medians = np.array([np.median(c, 0) for c in cells if len(c) > 20] or [ground])
         grain = np.abs(x - neighbours(x, np.mean)).mean(-1)[on]
         rows.append([np.ptp(ground), medians.std(0).mean(), grain.mean() if grain.size else 0,

@@ -9,8 +9,10 @@ Everything the stages need to run on a laptop without weights or data from elsew
     teacher   scene, scene -> hierarchical verdict             judge_pair; sometimes dazzled by looks, see there
     oracle    pixels -> objects -> does it match the prompt?   truth; never sees a scene
 """
+import importlib
 import json
 import random
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +21,7 @@ from PIL import Image, ImageFilter
 
 from toy_oracle import CELL, COLORS, PAIR_TYPES, SHAPES, SIZE, mask, picture_stats, success
 
+MEDIUM, FRAMES = "Image", 1
 PLAIN, CLASHING = (238, 238, 238), [(225, 60, 205), (120, 235, 235)]
 NUMBERS = ["none", "one", "two", "three", "four", "five"]
 RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
@@ -26,7 +29,7 @@ RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "abo
 
 # ---------------------------------------------------------------- prompts
 
-KINDS = ["single", "count", "two", "binding", "spatial"]
+KINDS, HARD_KINDS = ["single", "count", "two", "binding", "spatial"], ["binding", "spatial"]
 
 
 def sample_prompt(rng, held_out=False, kinds=KINDS):
@@ -261,7 +264,7 @@ def facts(prompt, scene):
     return out
 
 
-def judge_pair(prompt, scene_1, scene_2, rng=None):
+def judge_pair(prompt, scene_1, scene_2, rng=None, facts=facts, rubric=rubric, medium=MEDIUM):
     """(verdict as the contract's dict, label) of two scenes; label 1 or 2 is what people prefer, 0 when they are equal.
 
     People weigh the categories (WEIGHTS). The teacher writes the same trace, but is imperfect in one way, as real teachers are:
@@ -270,7 +273,7 @@ def judge_pair(prompt, scene_1, scene_2, rng=None):
     the reasoning, and traces sampled from its student hold both answers: what DPO on people's labels can mend.
     """
     facts_1, facts_2, signs, categories = facts(prompt, scene_1), facts(prompt, scene_2), {}, []
-    names = {1: "Image 1", 2: "Image 2", 0: "Tie"}
+    names = {1: f"{medium} 1", 2: f"{medium} 2", 0: "Tie"}
     for category, dims in rubric(prompt):
         rows = [dict(name=d, reason_1=facts_1[d][0], reason_2=facts_2[d][0], score_1=5 + 2 * (facts_1[d][1] - facts_2[d][1]),
                      score_2=5 - 2 * (facts_1[d][1] - facts_2[d][1])) for d in dims]
@@ -325,9 +328,11 @@ class Records:
     """
 
     def __init__(self, split, kind, num, seed=0):
-        if kind not in ("trace", "pair", "image", "prompt", "score", "question"):
-            raise ValueError(f"the toy world has no {kind} records; expected trace, pair, image, prompt, score or question")
         self.split, self.kind, self.num, self.seed = split, kind, num, seed
+        self.world = sys.modules[type(self).__module__]                         # whose prompts, scenes and teacher they are
+        kinds = ["trace", "pair", "image", "prompt"] + ["score", "question"] * (self.world.FRAMES == 1)
+        if kind not in kinds:
+            raise ValueError(f"this toy world has no {kind} records; expected one of {', '.join(kinds)}")
 
     def __len__(self):
         return self.num
@@ -338,8 +343,8 @@ class Records:
         hard = rng.random() < (.3 if self.kind == "pair" and self.split == "train" else .05)
         ties = self.kind == "trace" and rng.random() < .1
         while True:                                  # a share of hard pairs: content against looks; ties only to train on
-            scenes = [sample_scene(prompt, rng), sample_scene(prompt, rng)]
-            verdict, label = judge_pair(prompt, *scenes, rng if self.kind == "trace" else None)
+            scenes = [self.world.sample_scene(prompt, rng), self.world.sample_scene(prompt, rng)]
+            verdict, label = self.world.judge_pair(prompt, *scenes, rng if self.kind == "trace" else None)
             signs = [c["cat_winner"] for c in verdict["categories"]]
             if (label or ties) and (not hard or signs[1] == signs[2] != "Tie" != signs[0] != signs[1]):
                 return prompt, scenes, verdict, label
@@ -348,25 +353,26 @@ class Records:
         if not 0 <= i < self.num:
             raise IndexError(i)
         rng = random.Random(f"{self.split} {self.kind} {self.seed} {i}")
-        kinds = KINDS + ["binding", "spatial"] * (self.kind == "trace")         # the harder types more often where judges learn
-        return rng, sample_prompt(rng, self.split in ("val", "test"), kinds)
+        kinds = self.world.KINDS + self.world.HARD_KINDS * (self.kind == "trace")                   # the harder types more often where judges learn
+        return rng, self.world.sample_prompt(rng, self.split in ("val", "test"), kinds)
 
     def __getitem__(self, i):
         rng, prompt = self.draw(i)
+        world, media = self.world, f"{self.world.MEDIUM.lower()}s"
         record = dict(prompt=prompt["text"], type=prompt["type"], toy_prompt=prompt)
         if self.kind == "prompt":
             return record
         if self.kind == "image":
-            record["images"] = [render(prompt, sample_scene(prompt, rng, int(rng.random() < .3), defects=rng.random() < .05))]
+            record[media] = [world.render(prompt, world.sample_scene(prompt, rng, int(rng.random() < .3), defects=rng.random() < .05))]
             return record
         if self.kind in ("score", "question"):
             scene = sample_scene(prompt, rng, defects=self.kind == "score")
             asked = (SCORE_INSTRUCTION.replace("{prompt}", prompt["text"]), score_image(prompt, scene)) if self.kind == "score" else ask_about(scene, rng)
             return dict(type=self.kind, images=[render(prompt, scene)], **dict(zip(("instruction", "response"), asked)))
         prompt, scenes, verdict, label = self.scenes(i)
-        record["toy"] = dict(split=self.split, kind=self.kind, seed=self.seed, index=i, swapped=False)          # what the teacher sees it by
-        record["images"] = [render(prompt, s) for s in scenes]
-        record["winner"] = {1: "Image 1", 2: "Image 2", 0: "Tie"}[label]
+        record["toy"] = dict(world=world.__name__, split=self.split, kind=self.kind, seed=self.seed, index=i, swapped=False)          # what the teacher sees it by
+        record[media] = [world.render(prompt, s) for s in scenes]
+        record["winner"] = f"{world.MEDIUM} {label}" if label else "Tie"
         if self.kind == "trace":
             record["response"] = json.dumps(verdict, separators=(",", ":"))
         return record
@@ -380,17 +386,18 @@ def teacher(records, temperature=0.0):
         if "toy" not in record:
             raise ValueError(f"{record.get('where', 'a record')}: no 'toy' in it. The toy teacher knows the pairs of `data.py toy FILE --kind pair` alone.")
         toy = dict(record["toy"])
-        swapped, i = toy.pop("swapped"), toy.pop("index")
-        prompt, scenes, _, _ = Records(num=i + 1, **toy).scenes(i)
+        world, swapped, i = importlib.import_module(toy.pop("world")), toy.pop("swapped"), toy.pop("index")
+        prompt, scenes, _, _ = world.Records(num=i + 1, **toy).scenes(i)
         coin = random.Random(f"{toy} {i} {torch.randint(2 ** 31, ()).item() if temperature else 'first'}")
-        texts.append(json.dumps(judge_pair(prompt, *(scenes[::-1] if swapped else scenes), coin)[0], separators=(",", ":")))
+        texts.append(json.dumps(world.judge_pair(prompt, *(scenes[::-1] if swapped else scenes), coin)[0], separators=(",", ":")))
     return texts
 
 
 # ---------------------------------------------------------------- what the oracle says of samples
 
-def truth(records, images):
-    """What the oracle measures on samples of prompt records: the share of true ones, by type too, and picture_stats."""
+def truth(records, media):
+    """What the oracle measures on samples of prompt records, lists of one frame: the share of true ones, by type too, and picture_stats."""
+    images = [frame for frame, in media]
     true = [success(r["toy_prompt"], image) for r, image in zip(records, images)]
     by_type = {kind: [ok for ok, r in zip(true, records) if r["type"] == kind] for kind in KINDS}
     return {"true": sum(true) / len(true), **{f"true_{k}": sum(v) / len(v) for k, v in by_type.items() if v}, **picture_stats(images)}
