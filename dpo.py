@@ -66,7 +66,7 @@ def parse_args(argv=None):
     add("--freeze", nargs="*", default=[], choices=["vision", "projector", "language"], help="parts of the judge that stay as they are")
     add("--merge", action=flag, default=True, help="write and examine the whole model; without, a LoRA run leaves only its adapter")
     # loss
-    add("--beta", type=float, help="strength of the tie to the reference  [judge .3, paper: 0.1; generator 5000, as its paper]")
+    add("--beta", type=float, help="strength of the tie to the reference  [judge .3, paper: 0.1; generator 50, paper: 5000]")
     add("--precompute-ref", action=flag, default=False, help="the reference's log-probabilities of all records before training, not at every step")
     add("--share-prompt", action=flag, help="chosen and rejected after one copy of images and prompt  [where the model can]")
     # optim
@@ -74,8 +74,8 @@ def parse_args(argv=None):
     add("--lr", type=float, help="peak learning rate  [judge 3e-4, generator 1e-3]")
     add("--weight-decay", type=float, default=0.0)
     add("--warmup-steps", type=int, default=5)
-    add("--max-steps", type=int, help="optimizer steps  [judge 60, generator 300]")
-    add("--batch-size", type=int, help="pairs per rank per micro-step  [judge 16, generator 64]")
+    add("--max-steps", type=int, help="optimizer steps  [judge 60, generator 200]")
+    add("--batch-size", type=int, help="pairs per rank per micro-step  [judge 16, generator 32]")
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
     add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
     # run
@@ -96,8 +96,8 @@ def parse_args(argv=None):
     args.data = args.data or ("toy" if judge else "out/sift/pairs.jsonl")
     out = in_world(args)
     defaults = dict(model=f"{out}{args.task}-sft/model", out=f"{out}{args.task}-dpo",
-                    eval_num=400 if judge else 1024, lora_rank=16 if judge else 32, beta=.3 if judge else 5000, lr=3e-4 if judge else 1e-3,
-                    max_steps=60 if judge else 300, batch_size=16 if judge else 64, bf16=has_bf16(),
+                    eval_num=400 if judge else 1024, lora_rank=16 if judge else 32, beta=.3 if judge else 50, lr=3e-4 if judge else 1e-3,
+                    max_steps=60 if judge else 200, batch_size=16 if judge else 32, bf16=has_bf16(),
                     lora_targets=r"(language|text)_model\..*_proj\w*$" if judge else
                     r"blocks\.\d+\..*(to_(q|k|v|out\.0)|add_(q|k|v)_proj|to_add_out|proj_mlp|proj_out|net\.(0\.proj|2))$")
     for name, value in defaults.items():
@@ -313,8 +313,8 @@ class Generator:
                              fsdp=args.fsdp, bf16=args.bf16)
             model.eval()                                                        # dropout would part policy and reference
 
-    def encode_pairs(self, chunk=32):
-        """Clean latents of all records, (N, 2, ...) on the CPU, winners first. The ranks encode shares, `chunk` pairs at a time."""
+    def encode_pairs(self):
+        """Clean latents of all records, (N, 2, ...) on the CPU, winners first. The ranks encode shares, a batch at a time."""
         size = {k: v for k, v in self.args.pipe_arg.items() if k in ("height", "width")}
         option = inspect.signature(type(self.pipe).__call__).parameters.get("num_frames")
         num_frames, latents = self.args.pipe_arg.get("num_frames", option.default) if option else 1, {}
@@ -326,8 +326,8 @@ class Generator:
                                  f"{type(self.pipe).__name__} makes {num_frames}. Cut it, or pass --pipe-arg num_frames=... to a video pipeline")
             return frames
 
-        for start in range(0, len(self.records), chunk * self.ranks.world):
-            mine = range(len(self.records))[start + self.ranks.rank:start + chunk * self.ranks.world:self.ranks.world]
+        for start in range(0, len(self.records), per_round := self.args.batch_size * self.ranks.world):
+            mine = range(len(self.records))[start + self.ranks.rank:start + per_round:self.ranks.world]
             media = [frames_of(r, m) for r in (self.records[i] for i in mine) for m in (r.get("videos") or r["images"])[::3 - 2 * WINNERS[r["winner"]]]]
             found = encode_media(self.pipe, media, **size).cpu().unflatten(0, (-1, 2)) if mine else []
             latents.update(gather(zip(mine, found), self.ranks))
@@ -387,8 +387,8 @@ class Generator:
 
 def main(argv=None):
     args, ranks = parse_args(argv), start_ranks()
-    sft = "python sft.py" + " --task generator" * (args.task == "generator")
-    for path, command in ((args.model, sft), (args.data, "python data.py sift")):
+    for path, command in ((args.model, "python sft.py" + " --task generator" * (args.task == "generator")),
+                          (args.data, f"python data.py sift toy:train --model {args.model} --out {args.data}")):
         if path.startswith("out/") and not Path(path).exists():
             raise SystemExit(f"{path} is not there yet. Make it first: {command}")
     task = Judge(args, ranks) if args.task == "judge" else Generator(args, ranks)

@@ -41,11 +41,12 @@ def folder_of(family, path, winners=("Image 2", "Tie", "Image 1"), side=16):
         for k in range(2):
             bright = (k == 1) == (winner == "Image 2")
             for f in range(num_frames):
-                file = path / (f"clip{i}{k}/{f}.png" if num_frames > 1 else f"{i}{k}.png")
+                file = path / f"{i}{k}" / f"{f}.png" if num_frames > 1 else path / f"{i}{k}.png"
                 file.parent.mkdir(exist_ok=True)
                 picture(100 * i + 10 * k + f, side).point(lambda v: 128 + v // 2 if bright else v // 2).save(file)
             media.append(str(file.parent.relative_to(path) if num_frames > 1 else file.name))
-        records.append({"prompt": prompt, "videos" if num_frames > 1 else "images": media, "winner": winner.replace("Image", "Video") if num_frames > 1 else winner})
+        kind = "Video" if num_frames > 1 else "Image"
+        records.append({"prompt": prompt, f"{kind.lower()}s": media, "winner": winner.replace("Image", kind)})
     (path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (path / "prompts.txt").write_text("a cat\na dog\n")
     call = {k: v for k, v in args.items() if k not in ("guidance_scale", "negative_prompt")} | {"num_inference_steps": 2}
@@ -120,8 +121,8 @@ def test_loss_is_that_of_direct_calls_and_ln2_at_first(family, rank, tmp_path):
                 x, target, t = x0 + sigma * (noise - x0), noise - x0, 1000 * sigma[None]
             with torch.no_grad():
                 errors[side] = [(direct(family, pipe, x, t, [records[i]["prompt"]]) - target).pow(2).mean() for pipe in (task.pipe, base)]
-        torch.testing.assert_close(torch.stack([stats["error/winner"][b], stats["error/loser"][b]]), torch.stack([errors["w"][0], errors["l"][0]]).double(), atol=1e-5, rtol=1e-4)
         (w, w_ref), (l, l_ref) = errors["w"], errors["l"]
+        torch.testing.assert_close(torch.stack([stats["error/winner"][b], stats["error/loser"][b]]), torch.stack([w, l]).double(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(losses[b], -F.logsigmoid(-beta / 2 * ((w - w_ref) - (l - l_ref))).double(), atol=1e-5, rtol=1e-4)
         assert (w - w_ref).abs() > 1e-4 < (l - l_ref).abs()                     # there is something to compare
     losses.sum().backward()
@@ -167,7 +168,8 @@ def test_wan_with_two_experts_takes_one_timestep_a_call():
     together = sft.predict(pipe, x, t, grad=False, prompt=PROMPTS[:2], **args)
     embeds = pipe.encode_prompt(PROMPTS[:2], None, False, max_sequence_length=32)[0]
     with torch.no_grad():
-        alone = [model(hidden_states=x[i:i + 1], timestep=t[i:i + 1], encoder_hidden_states=embeds[i:i + 1]).sample for i, model in enumerate((pipe.transformer, pipe.transformer_2))]
+        alone = [model(hidden_states=x[i:i + 1], timestep=t[i:i + 1], encoder_hidden_states=embeds[i:i + 1]).sample
+                 for i, model in enumerate((pipe.transformer, pipe.transformer_2))]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
 
 
@@ -249,8 +251,10 @@ def test_bad_pairs_are_refused_with_the_reason(tmp_path, monkeypatch, capsys):
 
 def test_clips_of_another_length_foreign_latents_and_packing_are_refused(tmp_path):
     options = folder_of("text-to-video", tmp_path)
-    (tmp_path / "clip00" / "2.png").unlink()
-    assert "clip00 has 2 frames, TextToVideoSDPipeline makes 3" in refused(options, "--out", str(tmp_path / "run"))
+    (tmp_path / "00" / "2.png").unlink()
+    assert "00 has 2 frames, TextToVideoSDPipeline makes 3" in refused(options, "--out", str(tmp_path / "run"))
+    (tmp_path / "wan").mkdir()
+    assert "shards of different experts" in refused(folder_of("Wan 2.2", tmp_path / "wan"), "--fsdp")
     pipe, args = make("SD1.5")
     with pytest.raises(ValueError, match="latents of shape .1, 4, 6, 6. where this call of the pipeline denoises .1, 4, 8, 8."):
         sft.predict(sft.prepare(pipe, CPU), torch.randn(1, 4, 6, 6), torch.tensor([7]), prompt=["a cat"], **args)
