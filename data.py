@@ -691,15 +691,18 @@ def parse_args(argv=None):
     for name, commands in {"out": "distill rank sift", "teacher": "distill", "model": "sift"}.items():
         if args.command in commands.split() and not getattr(args, name):
             parser.error(f"{args.command} needs --{name}")
-    args.chunk = args.chunk or (16 if args.command == "sift" else 128)
+    args.chunk = (16 if args.command == "sift" else 128) if args.chunk is None else args.chunk
+    for name in ("num", "tries", "num_traces", "judge_batch", "concurrency", "batch_size", "chunk"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
     if args.command in ("rank", "sift") and not args.judge:
         args.judge = "heuristic" if args.command == "rank" else str(find_judge())
     return args
 
 
 def main(argv=None):
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
         if args.command == "check":
             return check(args)
         if args.command == "toy":

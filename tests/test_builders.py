@@ -470,8 +470,15 @@ def test_sift_says_what_is_wrong_before_it_is_late(generator_folder, tmp_path, m
 
 
 @pytest.mark.parametrize("argv, message", [(["distill", "p", "--out", "o"], "distill needs --teacher"), (["rank", "p"], "rank needs --out"),
-                                           (["sift", "p", "--out", "o"], "sift needs --model")])
-def test_missing_options_are_named(argv, message, capsys):
+                                           (["sift", "p", "--out", "o"], "sift needs --model"), (["rank", "p", "--out", "o", "--chunk", "0"], "--chunk is 0; expected at least 1"),
+                                           (["distill", "p", "--out", "o", "--teacher", "t", "--tries", "-1"], "--tries is -1; expected at least 1")])
+def test_missing_and_senseless_options_are_named(argv, message, capsys):
     with pytest.raises(SystemExit):
         data.main(argv)
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_judge_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="data.py: no judge in out/judge-dpo/model or out/judge-sft/model"):
+        data.main(["sift", "p.txt", "--model", "m", "--out", "o"])
