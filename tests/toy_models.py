@@ -183,7 +183,7 @@ class ClipCodec(ModelMixin, ConfigMixin):
 
 
 CLIP_ARGS = dict(height=V.SIZE, width=V.SIZE, num_frames=V.FRAMES - 1, guidance_scale=1.0, max_sequence_length=MAX_WORDS, num_inference_steps=10)
-# Wan adds the frame, as its own VAE codes the first one alone
+# Wan rounds the number of frames to 1 + scale_factor_temporal k and, where that factor is 1, ends up with one more than it is asked for
 
 
 def make_clip_generator(seed=0, width=128, layers=4, clips=3000):
