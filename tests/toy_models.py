@@ -170,11 +170,9 @@ class ClipCodec(ModelMixin, ConfigMixin):
         super().__init__()
         self.frame = PatchCodec(z_dim)
 
-    def encode(self, clips):
-        """.latent_dist of (B, 8, F, 6, 6) for clips (B, 3, F, 48, 48)."""
-        z = self.frame.encode(rearrange(clips, "b c f h w -> (b f) c h w")).latent_dist.mode()
-        z = rearrange(z, "(b f) c h w -> b c f h w", b=len(clips))
-        return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda generator=None: z, mode=lambda: z))
+    def encode(self, frames):
+        """PatchCodec's: .latent_dist of (B F, 8, 6, 6) for frames (B F, 3, 48, 48)."""
+        return self.frame.encode(frames)
 
     def decode(self, z, return_dict=True):
         """Clips (B, 3, F, 48, 48), about in [-1, 1], of latents (B, 8, F, 6, 6)."""
