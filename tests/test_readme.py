@@ -18,7 +18,7 @@ STAGES = {"sft.py": sft, "dpo.py": dpo, "grpo.py": grpo, "reward.py": reward, "d
 SMALL = {"sft.py": "--max-steps 2 --batch-size 4 --data-num 40 --eval-num 4 --max-new-tokens 8",
          "dpo.py": "--max-steps 1 --batch-size 4 --data-num 2 --num-traces 2 --eval-num 2 --max-new-tokens 8",
          "grpo.py": "--max-steps 1 --num-prompts 2 --group-size 3 --pairs all --eval-num 4 --max-new-tokens 8 --max-parse-fail 1 --eval-every 0",
-         "reward.py": "--max-new-tokens 8"}
+         "reward.py": "--max-new-tokens 8", "data.py": "--num 8 --max-new-tokens 8 --chunk 4"}
 
 
 def commands():
@@ -36,6 +36,7 @@ def test_the_toy_commands_run_in_order(tmp_path, monkeypatch, capsys):
     texts = iter([GOOD, GOOD.replace('"winner":"Image 1"}', '"winner":"Image 2"}')] * 10_000)
     monkeypatch.setattr(dpo, "build_preferences", lambda judge, pairs, *a, **k: data.build_preferences(
         lambda comparisons, **k: [next(texts) for _ in comparisons], pairs, *a, **k))
+    monkeypatch.setattr(data, "open_judge", lambda *a, **k: lambda questions, **k: [next(texts) for _ in questions])
     for name, color in zip("ABC", ("red", "blue", "green")):
         Image.new("RGB", (48, 48), color).save(tmp_path / f"{name}.png")
     for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
@@ -46,15 +47,16 @@ def test_the_toy_commands_run_in_order(tmp_path, monkeypatch, capsys):
             continue                                 # pip, pytest, and real models: those are parsed below
         STAGES[words[1]].main(words[2:] + shlex.split(SMALL.get(words[1], "")))
         ran.append(words[1])
-    assert ran[:4] == ["sft.py", "dpo.py", "sft.py", "grpo.py"] and ran.count("reward.py") == 4
+    assert ran[:4] == ["sft.py", "dpo.py", "sft.py", "grpo.py"] and ran.count("reward.py") == 4 and ran.count("data.py") == 4
+    assert ran.count("sft.py") == 4 and ran.count("dpo.py") == 2 and ran.count("grpo.py") == 2
     assert "data:image/png" in (tmp_path / "group.html").read_text()
     assert {"judge-sft", "judge-dpo", "generator-sft", "grpo"} <= {p.name for p in (tmp_path / "out").iterdir()}
     for picture in ("judge-sft/verdict.png", "judge-dpo/verdict.png", "generator-sft/samples.png", "grpo/before_after.png"):
         assert Image.open(tmp_path / "out" / picture).size[0] > 100
     said = capsys.readouterr().out
     assert "max |ratio - 1| at the first update: 0\n" in said
-    for name in ("winner_accuracy", "true"):         # each stage closes with its numbers: sft.py and dpo.py, sft.py --task generator and grpo.py
-        assert said.count(f"\n  {name}   ") == 2, said
+    # each stage closes with its numbers: sft.py (image, video) and dpo.py; generators' sft.py and grpo.py (image, video) and dpo.py
+    assert said.count("\n  winner_accuracy   ") == 3 and said.count("\n  true   ") == 5, said
 
 
 def test_every_command_parses():
