@@ -366,7 +366,7 @@ class Generator:
         """Samples for the held-out prompts by the stock sampler, the work split over the ranks, and in the toy world what is true of them."""
         num, world = len(self.held_out), self.ranks.world
         mine = [i % num for i in range(self.ranks.rank, -(-num // world) * world, world)]                       # equally many
-        options = dict(autocast=self.call["autocast"], **self.args.pipe_arg)
+        options = dict(autocast=self.call["autocast"] if self.ranks.device.type == "cuda" else None, **self.args.pipe_arg)
         media = sample_media(self.pipe, [self.held_out[i]["prompt"] for i in mine], [7 * 1_000_003 + i for i in mine], 2 * self.args.batch_size, **options)
         media = [frames for _, frames in sorted(dict(gather(zip(mine, media), self.ranks)).items())]
         truth = toy_world(self.args.world).truth(self.held_out, media) if "toy_prompt" in self.held_out[0] else {}
