@@ -23,6 +23,15 @@ from reward import Candidate, Comparison, Failure, parse_verdict
 from test_reward import answer
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two are slower for tiny models, by far where cores are shared."""
+    num = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num)
+
+
 def trace(winner=1, **change):
     """A whole verdict that says so, as text."""
     return json.dumps(answer(f"Image {winner}", **change))
