@@ -661,6 +661,7 @@ def parse_args(argv=None):
     add("--kind", choices=[*FIELDS, "score"], help="check: what all must be; toy: which records  [check each its own, toy pair]")
     add("--split", choices=["train", "val", "test", "scenes"], default="train", help="toy: val and test have held-out prompts")
     add("--num", type=int, default=1000, help="how many toy records")
+    add("--world", choices=[*TOYS.values()], default="image", help="toy: still or in motion")
     add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
     # who is asked: a folder, a hub id, or URLs joined by commas
     add("--teacher", help="distill: who writes traces; toy: the toy world's teacher")
@@ -706,7 +707,7 @@ def main(argv=None):
         if args.command == "check":
             return check(args)
         if args.command == "toy":
-            write_jsonl(args.file, open_records(f"toy:{args.split}", args.kind or "pair", args.num, args.seed))
+            write_jsonl(args.file, open_records(f"{'toy' if args.world == 'image' else 'toy-video'}:{args.split}", args.kind or "pair", args.num, args.seed))
             return print(f"{args.file}: {args.num} {args.kind or 'pair'} records")
         counts, sums = {"distill": distill, "rank": rank, "sift": sift}[args.command](args)
         for case, num in sorted(counts.items(), key=lambda item: item[0].startswith("dropped")):
