@@ -696,8 +696,6 @@ def parse_args(argv=None):
     for name in ("num", "tries", "num_traces", "judge_batch", "concurrency", "batch_size", "chunk"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
-    if args.command in ("rank", "sift") and not args.judge:
-        args.judge = "heuristic" if args.command == "rank" else str(find_judge())
     return args
 
 
@@ -709,6 +707,7 @@ def main(argv=None):
         if args.command == "toy":
             write_jsonl(args.file, open_records(f"{'toy' if args.world == 'image' else 'toy-video'}:{args.split}", args.kind or "pair", args.num, args.seed))
             return print(f"{args.file}: {args.num} {args.kind or 'pair'} records")
+        args.judge = args.judge or {"rank": "heuristic", "sift": str(find_judge()) if args.command == "sift" else None}.get(args.command)
         counts, sums = {"distill": distill, "rank": rank, "sift": sift}[args.command](args)
         for case, num in sorted(counts.items(), key=lambda item: item[0].startswith("dropped")):
             print(f"  {case:34s}{num:8d}{num / counts.total():8.1%}")

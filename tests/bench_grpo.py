@@ -165,7 +165,7 @@ if __name__ == "__main__":
     parser.add_argument("--generator", default="out/generator-sft/model", help="a toy generator; {seed} in it is replaced")
     parser.add_argument("--judge", default="out/judge-dpo/model", help="a toy judge; {seed} in it is replaced")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--max-steps", type=int, default=32)
+    parser.add_argument("--max-steps", type=int, default=20)
     parser.add_argument("--out", default="out/bench-grpo")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -94,5 +94,5 @@ def test_scores_and_answers_by_hand():
     assert {("How many circles are there?", "one"), ("How many stars are there?", "none"), ("What color is the square?", "blue"),
             ("Is there a green circle?", "yes"), ("Is there a red circle?", "no")} <= said
     assert len(dict(said)) == len(said)              # a question has one answer
-    with pytest.raises(ValueError, match="the toy world has no preference records; expected trace, pair"):
+    with pytest.raises(ValueError, match="this toy world has no preference records; expected one of trace, pair"):
         W.Records("train", "preference", 1)
