@@ -80,7 +80,7 @@ def parse_args(argv=None):
     add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--weight-decay", type=float, default=0.0)
     add("--warmup-steps", type=int, default=10)
-    add("--max-steps", type=int, default=64, help="rollouts, each followed by one optimizer step")
+    add("--max-steps", type=int, help="rollouts, each followed by one optimizer step  [64, in the video world 40]")
     add("--num-prompts", type=int, default=12, help="prompts per step, over all ranks; a group may lie on several")
     add("--batch-size", type=int, default=96, help="images per rank per rollout call and micro-step: what memory allows")
     add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
@@ -98,6 +98,7 @@ def parse_args(argv=None):
     args.pipe_arg = dict(args.pipe_arg)
     out = in_world(args)
     args.model, args.out = args.model or f"{out}generator-sft/model", args.out or f"{out}grpo"
+    args.max_steps = args.max_steps or (64 if args.world == "image" else 40)
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
     args.judge_batch = args.judge_batch or (200 if args.max_new_tokens <= 256 else 16)
     if args.loss == "nft" and args.epochs > 1:

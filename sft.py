@@ -861,7 +861,7 @@ def parse_args(argv=None):
     add("--lr", type=float, help="peak learning rate  [judge 2e-3, generator 4e-3]")
     add("--weight-decay", type=float, default=.01)
     add("--warmup-steps", type=int, default=60)
-    add("--max-steps", type=int, help="optimizer steps  [judge 1200, generator 750, in the video world 1000]")
+    add("--max-steps", type=int, help="optimizer steps  [judge 1200, generator 750; in the video world 1100 and 1000]")
     add("--batch-size", type=int, help="records per rank per micro-step  [judge 16, generator 128]")
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
     add("--max-norm", type=float, default=1.0, help="the gradient norm is clipped to this")
@@ -878,7 +878,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
     judge = args.task == "judge"
-    defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=1200 if judge else 750 if args.world == "image" else 1000, batch_size=16 if judge else 128,
+    defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=(1200 if judge else 750) if args.world == "image" else 1100 if judge else 1000, batch_size=16 if judge else 128,
                     eval_num=400 if judge else 256, out=f"{in_world(args)}{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(), max_new_tokens=256 if args.model == "toy" else 2048)
     defaults["judge_batch"] = 200 if (args.max_new_tokens or defaults["max_new_tokens"]) <= 256 else 16
     for name, value in defaults.items():

@@ -34,10 +34,10 @@ def along(motion):
 
 
 def sample_prompt(rng, held_out=False, kinds=KINDS):
-    """A prompt as a dict: type, objects [(color, shape)], motions, text. move (twice as often): one shape moves; change: one changes in its place; both: two
+    """A prompt as a dict: type, objects [(color, shape)], motions, text. move: one shape moves; change: one changes in its place; both: two
     move along one axis; mixed: one moves, one changes. A quarter of the combinations of each type is held out, as in toy_world."""
     while True:
-        kind = rng.choice([*kinds, "move"])
+        kind = rng.choice([*kinds, "move", "move", "change"])                   # two shapes are hard, and rarer
         num = 1 if kind in ("move", "change") else 2
         objects = list(zip(rng.sample(list(COLORS), num), rng.sample(SHAPES, num)))
         moving = rng.choice(list(STEPS))
