@@ -879,7 +879,8 @@ def parse_args(argv=None):
     args.pipe_arg = dict(args.pipe_arg)
     judge = args.task == "judge"
     defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=(1200 if judge else 750) if args.world == "image" else 1100 if judge else 1000, batch_size=16 if judge else 128,
-                    eval_num=400 if judge else 256, out=f"{in_world(args)}{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(), max_new_tokens=256 if args.model == "toy" else 2048)
+                    eval_num=400 if judge else 256, out=f"{in_world(args)}{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
+                    max_new_tokens=256 if args.model == "toy" else 2048)
     defaults["judge_batch"] = 200 if (args.max_new_tokens or defaults["max_new_tokens"]) <= 256 else 16
     for name, value in defaults.items():
         if getattr(args, name) is None:
