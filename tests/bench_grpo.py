@@ -2,7 +2,7 @@
 
     python tests/bench_grpo.py overhead                               replay against bare calls of the transformer, by turns
     python tests/bench_grpo.py overlap                                a judge server of known latency beside the rollouts
-    python tests/bench_grpo.py compare --seeds 0 1 2                  about 4 minutes a run on a core; runs that are there are kept
+    python tests/bench_grpo.py compare --seeds 0 1 2                  about 3 minutes a run on a core; runs that are there are kept
     python tests/bench_grpo.py compare --generator FOLDER --judge FOLDER      of other models than those in out/
 
 `compare` writes a table and algorithms.png: true success of 192 held-out samples by the pixel oracle against processor seconds and judge calls.
@@ -109,7 +109,8 @@ def compare(args):
                 print(f"{name}, seed {seed}", flush=True)
                 with open(Path(args.out, f"{out.name}.txt"), "w") as file:
                     subprocess.run([sys.executable, "-c", CPU_CLOCK, "--model", args.generator.format(seed=seed), "--judge", args.judge.format(seed=seed), "--seed",
-                                    str(seed), "--kl", "0", "--max-steps", str(args.max_steps), "--eval-every", "4", "--out", str(out), *options], check=True, stdout=file,
+                                    str(seed), "--kl", "0", "--max-steps", str(args.max_steps), "--warmup-steps", "4", "--eval-every", "4", "--eval-num", "512", "--out", str(out),
+                                    *options], check=True, stdout=file,
                                    stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
             rows = [json.loads(line) for line in log.read_text().splitlines()]
             points, seconds, calls = [(0.0, 0, rows[-1]["true_before"])], 0.0, 0
@@ -120,7 +121,7 @@ def compare(args):
                     points.append((seconds, calls, row["held_out_true"]))
             curves.setdefault(name, []).append((points, rows[-1]))
     plain = [points for points, _ in curves["Flow-GRPO"]]
-    print(f"{'':20s} true on 1,024 before and after, by seed                  gain    cast     time and calls to plain Flow-GRPO's best, as shares of its own")
+    print(f"{'':20s} true on 512 before and after, by seed                  gain    cast     time and calls to plain Flow-GRPO's best, as shares of its own")
     for name, runs in curves.items():
         last = [row for _, row in runs]
         shares = {0: [], 1: []}
@@ -165,7 +166,7 @@ if __name__ == "__main__":
     parser.add_argument("--generator", default="out/generator-sft/model", help="a toy generator; {seed} in it is replaced")
     parser.add_argument("--judge", default="out/judge-dpo/model", help="a toy judge; {seed} in it is replaced")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--max-steps", type=int, default=20)
+    parser.add_argument("--max-steps", type=int, default=16)
     parser.add_argument("--out", default="out/bench-grpo")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
