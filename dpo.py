@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from data import (batch_indices, build_preferences, comparison, encode, in_world, know_toy_classes, open_records, read_records, toy_world, write_jsonl,
-                  WINNERS)
+from data import (TOYS, WINNERS, batch_indices, build_preferences, comparison, encode, in_world, know_toy_classes, open_records, read_records, toy_world,
+                  write_jsonl)
 from reward import Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
 # toolbox and driver from sft.py; paste those blocks here to stand alone
 from sft import (Log, adapters_off, denoisers, draw_before_after, draw_curves, draw_verdict, encode_media, enter, gather, generator, has_bf16, load_checkpoint,
@@ -104,7 +104,7 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
-    args.max_new_tokens = args.max_new_tokens or (256 if args.data.split(":")[0] == "toy" else 2048)
+    args.max_new_tokens = args.max_new_tokens or (256 if args.data.split(":")[0] in TOYS else 2048)
     args.judge_batch = args.judge_batch or (200 if args.max_new_tokens <= 256 else 16)
     return args
 
@@ -387,7 +387,7 @@ class Generator:
 
 def main(argv=None):
     args, ranks = parse_args(argv), start_ranks()
-    for path, command in ((args.model, "python sft.py" + " --task generator" * (args.task == "generator")),
+    for path, command in ((args.model, "python sft.py" + " --task generator" * (args.task == "generator") + " --world video" * (args.world == "video")),
                           (args.data, f"python data.py sift toy:train --model {args.model} --out {args.data}")):
         if path.startswith("out/") and not Path(path).exists():
             raise SystemExit(f"{path} is not there yet. Make it first: {command}")

@@ -330,7 +330,7 @@ def main(argv=None):
     asks = any(map(asks_judge, filter(None, [args.reward, args.watch])))
     for folder, command in [(args.model, "python sft.py --task generator")] + [(args.judge or "out/", "python sft.py")] * asks:
         if folder.startswith("out/") and not Path(folder).exists():
-            raise SystemExit(f"{folder} is not there yet. Make it first: {command}")
+            raise SystemExit(f"{folder} is not there yet. Make it first: {command}" + " --world video" * (args.world == "video"))
     try:
         args.judge = args.judge or (str(find_judge("video-" * (args.world == "video"))) if asks else None)
         judge = open_judge(args.judge, args.max_new_tokens, batch_size=args.judge_batch) if args.judge else None

@@ -161,11 +161,16 @@ def test_latents_of_a_stock_wan_are_those_its_pipeline_decodes():
     torch.testing.assert_close(seen, (coded / 2 + .5).clamp(0, 1).transpose(1, 2), atol=1e-4, rtol=1e-4)
 
 
-def test_stages_run_in_the_moving_world(judge_folder, generator_folder, tmp_path):
+def test_stages_run_in_the_moving_world(judge_folder, generator_folder, tmp_path, monkeypatch):
     world = ["--world", "video"]
     sft.main([*world, "--model", judge_folder, "--max-steps", "2", "--out", str(tmp_path / "judge"), *SMALL])
     dpo_args = dpo.parse_args(world)
     assert (dpo_args.model, dpo_args.out, dpo_args.data) == ("out/video-judge-sft/model", "out/video-judge-dpo", "toy-video")
+    assert (dpo_args.max_new_tokens, dpo_args.judge_batch) == (256, 200)       # toy verdicts are short, clips' too
+    for main, command in ((dpo.main, "python sft.py --world video"), (grpo.main, "python sft.py --task generator --world video")):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit, match=f"{command}$"):
+            main(world)
     data.write_jsonl(tmp_path / "preferences.jsonl", [{**r, "chosen": r.pop("response"), "rejected": '{"winner":"Video 1"}'} for r in V.Records("train", "trace", 4)])
     dpo.main([*world, "--model", judge_folder, "--data", str(tmp_path / "preferences.jsonl"), "--max-steps", "1", "--out", str(tmp_path / "dpo"), *SMALL])
     sft.main([*world, "--task", "generator", "--model", generator_folder, "--data-num", "20", "--max-steps", "2", "--out", str(tmp_path / "generator"), *SMALL,
