@@ -373,15 +373,38 @@ def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every matrix is made nearly orthogonal, at the RMS of AdamW's updates (arXiv 2502.16982). torch.optim.Muon multiplies in
+    bfloat16 whatever the machine; on a CPU without it that alone took 3/4 of a step. Here bfloat16 only where has_bf16()."""
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = torch.bfloat16 if has_bf16() else torch.float32
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in [p for p in group["params"] if p.grad is not None]:
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(momentum, group["momentum"]).to(self.dtype)     # Nesterov's
+                x = x.T if len(x) > len(x.T) else x                             # the smaller Gram matrix
+                x = x / x.norm().clamp(min=1e-7)
+                for _ in range(5):                                              # Newton-Schulz: singular values go to about 1
+                    gram = x @ x.T
+                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(x if x.shape == p.shape else x.T, alpha=-.2 * group["lr"] * math.sqrt(max(p.shape)))
+
+
 def make_optimizers(params, kind, lr, weight_decay):
-    """adamw: one AdamW. muon: Muon (momentum, orthogonalised) on the matrices of numbered blocks, AdamW on the rest."""
+    """adamw: one AdamW. muon: Muon on the matrices of numbered blocks, AdamW on the rest."""
     if kind == "muon" and any(isinstance(p, DTensor) for p in params.values()):
         raise ValueError("Muon needs whole matrices and --fsdp splits them: pass --optim adamw")
     matrices = {n: p for n, p in params.items() if kind == "muon" and p.ndim == 2 and re.search(r"\.\d+\.", n)}
     rest = [p for n, p in params.items() if n not in matrices]
     out = [torch.optim.AdamW(rest, lr, betas=(.9, .98), weight_decay=weight_decay, eps=1e-10)] if rest else []
     if matrices:
-        out.append(torch.optim.Muon(matrices.values(), lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        out.append(Muon(matrices.values(), lr, weight_decay))
     return out
 
 

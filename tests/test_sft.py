@@ -88,6 +88,25 @@ def preferences(folder):
     return str(path)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0), (torch.float32, .02)])
+def test_muon_is_torchs_but_for_its_precision(dtype, tolerance):
+    """Three steps on wide, tall and square matrices with a decaying weight; torch.optim.Muon multiplies in bfloat16."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((8, 24), (24, 8), (16, 16))]
+    found = []
+    for make in (lambda ps: sft.Muon(ps, .05, .1), lambda ps: torch.optim.Muon(ps, .05, .1, adjust_lr_fn="match_rms_adamw")):
+        params, gradients = [x.clone().requires_grad_() for x in start], torch.Generator().manual_seed(1)
+        optimizer = make(params)
+        optimizer.dtype = dtype
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=gradients)
+            optimizer.step()
+        found.append([p.detach() - x for p, x in zip(params, start)])
+    for ours, theirs in zip(*found):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
 # ---------------------------------------------------------------- LoRA
 
 def judge_inputs(folder):
