@@ -941,7 +941,8 @@ class Judge:
         self.modules, self.args, self.device = {"base_model.model.": self.model}, args, ranks.device
         self.records = open_records(args.data, "trace", args.max_steps * args.batch_size * args.accumulation * ranks.world, args.seed,
                                     args.skip_bad)
-        self.window = 8 if isinstance(self.records, list) else 1                # by length, toy batches would hold one type of prompt each
+        sizes = [len(r["response"]) for r in self.records] if isinstance(self.records, list) else [1]
+        self.window = 8 if max(sizes) > 2 * min(sizes) else 1                   # else batches by length save little and are less mixed
 
     def batch(self, indices, step):
         """(what loss() takes, its number of labelled tokens, the share of padding) for these records."""
