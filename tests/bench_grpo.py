@@ -20,7 +20,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -28,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data
 import grpo
 import sft
+from plots import plot
 
 ALGORITHMS = {"Flow-GRPO": ["--sde-steps", "9", "--no-ratio-norm"],
               "window": ["--no-ratio-norm"],
@@ -134,30 +134,8 @@ def compare(args):
         gains = [100 * (row["true_after"] - row["true_before"]) for row in last]
         print(f"{name:20s} " + "  ".join(f"{row['true_before']:.3f} {row['true_after']:.3f}" for row in last) + f"  {statistics.mean(gains):+5.1f}  "
               + "/".join(f"{row['cast_after']:.1f}" for row in last) + f"   {text[0]}   {text[1]}")
-    draw(curves, Path(args.out, "algorithms.png"))
-
-
-def draw(curves, path, width=460, height=320):
-    """A PNG of two panels, true success against seconds and against judge calls: the mean over seeds, each seed faint."""
-    inks = [(90, 90, 90), (40, 90, 210), (30, 150, 70), (215, 60, 40), (150, 70, 190)]
-    sheet, font = Image.new("RGB", (2 * width, height), "white"), ImageFont.load_default(13)
-    pen, points = ImageDraw.Draw(sheet), [p for runs in curves.values() for found, _ in runs for p in found]
-    low, high = min(p[2] for p in points), max(p[2] for p in points)
-    for axis, label in ((0, "processor seconds of training"), (1, "judge calls")):
-        most, left = max(p[axis] for p in points), axis * width + 46
-        place = lambda x, y: (left + x / most * (width - 62), height - 40 - (y - low) / (high - low) * (height - 70))
-        pen.rectangle([left, 30, axis * width + width - 16, height - 40], outline=(160, 160, 160))
-        for (name, runs), ink, row in zip(curves.items(), inks, range(9)):
-            faint = tuple((c + 3 * 255) // 4 for c in ink)
-            for found, _ in runs:
-                pen.line([place(p[axis], p[2]) for p in found], fill=faint)
-            mean = [[sum(values) / len(values) for values in zip(*at)] for at in zip(*(found for found, _ in runs))]
-            pen.line([place(p[axis], p[2]) for p in mean], fill=ink, width=2)
-            pen.text((left + 8, 34 + 15 * row), name, fill=ink, font=font)
-        pen.text((left, height - 24), f"{label} (to {most:,.0f})", fill="black", font=font)
-        pen.text((left - 42, 26), f"{high:.2f}", fill="black", font=font)
-        pen.text((left - 42, height - 50), f"{low:.2f}", fill="black", font=font)
-    sheet.save(path)
+    plot({label: {name: [[(p[axis], p[2]) for p in points] for points, _ in runs] for name, runs in curves.items()}
+          for axis, label in ((0, "processor seconds of training"), (1, "judge calls"))}, Path(args.out, "algorithms.png"))
 
 
 if __name__ == "__main__":

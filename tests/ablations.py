@@ -1,0 +1,332 @@
+"""The papers' claims, tried in the toy world. Every run is a line of --results; what is there is not run again.
+
+    python tests/ablations.py signal             alpha, pair budget, order under a position bias, the added category: what they do to advantages
+    python tests/ablations.py dpo                preferences with and without both-right pairs
+    python tests/ablations.py joint              one judge for comparisons, scores and questions against one for each
+    python tests/ablations.py reward             win rates, scores and a fixed criterion as the reward: which is hacked?
+    python tests/ablations.py grpo               alpha, pairs and the added category, trained
+    python tests/ablations.py report             tables with 95 % intervals, and pictures beside --results
+
+--models names the folder of each seed's judge-sft, judge-dpo and generator-sft, {seed} in it is replaced. They are made by
+    python sft.py --seed 0 --out out/0/judge-sft && python dpo.py --seed 0 --model out/0/judge-sft/model --out out/0/judge-dpo
+    python sft.py --task generator --seed 0 --out out/0/generator-sft
+"""
+import argparse
+import functools
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+from itertools import permutations
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+
+import data
+import grpo
+import sft
+import toy_oracle as O
+import toy_world as W
+from plots import plot
+from reward import (Candidate, LocalJudge, evaluate_judge, group_advantages, parse_score, parse_verdict, schedule_pairs, win_rates)
+
+G = 8
+JUDGED = dict(batch_size=200, max_new_tokens=256)
+
+
+# ---------------------------------------------------------------- what runs
+
+def stage(args, script, out, *options):
+    """The rows of the log of a stage's run in a process of its own."""
+    words = [sys.executable, str(ROOT / script), "--out", str(out), *map(str, options), *args.extra]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{out}.txt", "w") as said:
+        subprocess.run(words, check=True, stdout=said, stderr=said)
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def signal(args, seed):
+    """Verdicts on all ordered pairs of groups of samples, once; then what each way of asking makes of them. Yields (arm, how to measure it).
+
+    The measure is how often a sample that is true to its prompt gets a higher advantage than one of its group that is not (an equal one counts
+    half; .5 is chance), {group: share} of the groups that hold both."""
+    @functools.cache
+    def table():
+        """(prompt records, {(group, i, j): Verdict}, whether sample i of group k is true to its prompt, groups that hold both kinds)"""
+        models = Path(args.models.format(seed=seed))
+        judge = LocalJudge(models / "judge-dpo/model", **JUDGED)
+        data.know_toy_classes(models / "generator-sft/model")
+        pipe = sft.load_pipeline(models / "generator-sft/model", torch.device("cpu"))
+        settings, records, media = grpo.parse_args(["--seed", str(seed)]), W.Records("val", "prompt", args.groups, seed), []
+        records = [records[k] for k in range(args.groups)]
+        for k, record in enumerate(records):
+            with torch.no_grad():
+                media.append(grpo.rollout(pipe, [record["prompt"]] * G, [(seed, k, i) for i in range(G)], settings, **data.toy_models().PIPE_ARGS)[0])
+        asked = [(k, i, j) for k in range(args.groups) for i, j in permutations(range(G), 2)]
+        texts = judge([data.Comparison(records[k]["prompt"], media[k][i], media[k][j]) for k, i, j in asked], progress=True)
+        true = [[float(O.success(r["toy_prompt"], frames[0])) for frames in group] for r, group in zip(records, media)]
+        return records, dict(zip(asked, map(parse_verdict, texts))), true, [k for k in range(args.groups) if 0 < sum(true[k]) < G]
+
+    def biased(k, i, j, bias):
+        """The verdict of a judge that names whoever is shown first in a share `bias` of the cases, in every category."""
+        verdict = table()[1][k, i, j]
+        if random.Random(f"{seed} {k} {i} {j}").random() >= bias:
+            return verdict
+        return verdict._replace(winner=1, categories=[c._replace(winner=1) for c in verdict.categories])
+
+    def measure(pairs="all", both=False, alpha=.7, extra=False, bias=0.0, fixed=False, kind=None):
+        records, _, true, mixed = table()
+        shares, firsts, calls = {}, [], 0
+        for k in [k for k in mixed if kind in (None, records[k]["type"])]:
+            found = []
+            for draw in range(1 if fixed else args.draws):
+                chosen = schedule_pairs(G, pairs, random.Random(f"{seed} {k} {draw}"), both)
+                chosen = [tuple(sorted(pair)) for pair in chosen] if fixed else chosen
+                rates = win_rates(chosen, [biased(k, i, j, bias) for i, j in chosen], G, extra)
+                advantages, calls = group_advantages(rates, alpha).tolist(), len(chosen)
+                firsts.append(advantages[0])
+                found.append(statistics.mean((a > b) + (a == b) / 2 for a, t in zip(advantages, true[k]) if t for b, u in zip(advantages, true[k]) if not u))
+            shares[k] = statistics.mean(found)
+        return {"right": shares, "first": sum(firsts) / max(len(firsts), 1), "calls": calls}
+
+    for alpha in (0, .3, .5, .7, 1):
+        yield f"alpha {alpha}", functools.partial(measure, alpha=alpha)
+    for pairs, both in (("all", True), ("all", False), ("ring:3", False), ("ring:2", False), ("ring:1", False), ("ring:2", True), ("ring:1", True)):
+        yield f"pairs {pairs}{', both orders' * both}", functools.partial(measure, pairs, both)
+    for bias in (0, .2, .4):
+        for fixed in (True, False):
+            yield f"order {'fixed' if fixed else 'random'}, bias {bias}", functools.partial(measure, bias=bias, fixed=fixed)
+    for extra in (False, True):
+        yield f"relation prompts, {'category D counted' if extra else 'three anchors'}", functools.partial(measure, extra=extra, kind="spatial")
+
+
+def grounded(trace, record):
+    """The share of a trace's reasons that say what is to be seen: the perfect teacher's words for the record's scenes."""
+    toy = dict(record["toy"])
+    prompt, scenes, _, _ = W.Records(toy["split"], toy["kind"], toy["index"] + 1, toy["seed"]).scenes(toy["index"])
+    seen = [W.facts(prompt, scene) for scene in scenes]
+    dims = [d for c in parse_verdict(trace).categories for d in c.dims]
+    right = [said == facts.get(d.name, ("",))[0] for d in dims for said, facts in zip((d.reason_1, d.reason_2), seen)]
+    return sum(right) / max(len(right), 1)
+
+
+def dpo(args, seed):
+    """Four traces of each of args.pairs pairs; both-right pairs are ranked by what can be checked in the text (dpo.py's default), or by how many
+    of their reasons are true of the images (the strong judge of the paper, which only a toy world has for nothing)."""
+    models, folder = Path(args.models.format(seed=seed)), Path(args.out, f"dpo-{seed}")
+
+    @functools.cache
+    def preferences():
+        """{arm: preference records}"""
+        judge = LocalJudge(models / "judge-sft/model", **JUDGED)
+        torch.manual_seed(seed)
+        pairs = W.Records("train", "pair", args.pairs, 100 + seed)
+        pairs = [pairs[i] for i in range(args.pairs)]
+        texts = judge([data.comparison(pair) for pair in pairs for _ in range(4)], temperature=.7, progress=True)
+        mixed, by_form, by_truth = [], [], []
+        for n, pair in enumerate(pairs):
+            traces = texts[4 * n:4 * n + 4]
+            case, best, worst = data.rank_traces(traces, data.WINNERS[pair["winner"]])
+            if case == "mixed":
+                mixed.append({**pair, "chosen": best, "rejected": worst})
+            elif case == "all right":
+                by_form += [{**pair, "chosen": best, "rejected": worst}] * (best is not None)
+                worst, *_, best = sorted(traces, key=lambda trace: grounded(trace, pair))
+                by_truth += [{**pair, "chosen": best, "rejected": worst}] * (grounded(best, pair) > grounded(worst, pair))
+        return {"one right": mixed, "one right, both right by form": mixed + by_form, "one right, both right by truth": mixed + by_truth}
+
+    def run(arm):
+        records, path = preferences()[arm], folder / f"{arm.replace(' ', '-').replace(',', '')}.jsonl"
+        data.write_jsonl(path, random.Random(0).sample(records, len(records)))
+        row = stage(args, "dpo.py", path.with_suffix(""), "--model", models / "judge-sft/model", "--data", path, "--seed", seed, "--max-new-tokens", 256)[-1]
+        after = LocalJudge(path.with_suffix("") / "model", **JUDGED)
+        return {**{k: row[k] for k in row if k.startswith(("winner", "swap"))}, "grounded": truth_of_reasons(after, args.pairs), "pairs": len(records)}
+
+    yield "no DPO", lambda: {"grounded": truth_of_reasons(LocalJudge(models / "judge-sft/model", **JUDGED), args.pairs), "pairs": 0}
+    for arm in ("one right", "one right, both right by form", "one right, both right by truth"):
+        yield arm, functools.partial(run, arm)
+
+
+def truth_of_reasons(judge, num):
+    """The mean of `grounded` over the judge's greedy verdicts on validation pairs."""
+    pairs = W.Records("val", "pair", min(num, 200), 3)
+    pairs = [pairs[i] for i in range(len(pairs))]
+    return statistics.mean(grounded(text, pair) for text, pair in zip(judge([data.comparison(p) for p in pairs]), pairs))
+
+
+KINDS = {"comparisons": "trace", "scores": "score", "questions": "question"}
+
+
+def joint(args, seed):
+    """The judge from nothing on one kind of records, or on a third of each, for equally many steps of 16 records; examined on all three."""
+    exams = {kind: W.Records("val", kind, 300, 9) for kind in ("pair", "score", "question")}
+    exams = {kind: [records[i] for i in range(len(records))] for kind, records in exams.items()}
+
+    def run(arm, steps):
+        folder = Path(args.out, f"joint-{seed}-{arm.split(',')[0]}-{steps}")
+        records, names = [], [arm] if arm in KINDS else [*KINDS]
+        for name in names:
+            made = W.Records("train", KINDS[name], 16 * steps // len(names), seed)
+            records += [made[i] for i in range(len(made))]
+        data.write_jsonl(folder.with_suffix(".jsonl"), records)
+        rows = stage(args, "sft.py", folder, "--data", folder.with_suffix(".jsonl"), "--seed", seed, "--max-steps", steps, "--eval-num", 8)
+        judge, pairs = LocalJudge(folder / "model", score_template="{prompt}", **JUDGED), exams["pair"]
+        found = evaluate_judge(judge, [data.comparison(p) for p in pairs], [data.WINNERS[p["winner"]] for p in pairs], random.Random(0), swap=False)
+        numbers = {"comparisons": found["winner_accuracy"], "loss": rows[-2]["loss"]}
+        texts = {kind: judge([Candidate(r["instruction"], r["images"]) for r in exams[kind]]) for kind in ("score", "question")}
+        said, wanted = ([parse_score(t).value for t in side] for side in (texts["score"], [r["response"] for r in exams["score"]]))
+        read = torch.tensor([[s, w] for s, w in zip(said, wanted) if s is not None]).T
+        numbers["scores"] = torch.corrcoef(read)[0, 1].nan_to_num().item() if read.numel() > 4 else 0.0
+        numbers["questions"] = statistics.mean(t.strip() == r["response"] for t, r in zip(texts["question"], exams["question"]))
+        return numbers
+
+    for arm, times in [(name, 1) for name in KINDS] + [("jointly", 1), ("jointly, three times the steps", 3)]:
+        yield arm, functools.partial(run, arm, times * args.steps)
+
+
+def painted(media, prompts):
+    """A fixed criterion: the share of an image's pixels that have a colour which the prompt names. Nobody has to look at shapes or numbers."""
+    values = []
+    for (image,), prompt in zip(media, prompts):
+        pixels = torch.tensor(list(image.getdata()), dtype=torch.float32)                      # (H W, 3)
+        wanted = [color for name, color in O.COLORS.items() if name in prompt.split()] or [*O.COLORS.values()]
+        values.append(torch.stack([(pixels - torch.tensor(c)).norm(dim=1) < 60 for c in wanted]).any(0).float().mean().item())
+    return values
+
+
+def curve_of(rows):
+    """{"curve": [(step, true on held-out samples), ...], "reward": [(step, mean reward in training), ...]} of a log of grpo.py."""
+    name = next((k for row in rows for k in row if k.startswith("reward/")), None)
+    return {"curve": [(0, rows[-1]["true_before"])] + [(r["step"], r["held_out_true"]) for r in rows if "held_out_true" in r],
+            "reward": [(r["step"], r[name]) for r in rows if name in r] if name else [(r["step"], r["held_out_win_rate"]) for r in rows if "held_out_win_rate" in r],
+            **{k: rows[-1][k] for k in rows[-1] if k.startswith(("true_", "cast_", "win_rate"))}}
+
+
+def train(args, seed, arm, *options):
+    models = Path(args.models.format(seed=seed))
+    rows = stage(args, "grpo.py", Path(args.out, f"{arm}-{seed}".replace(" ", "-").replace(":", "").replace(",", "")), "--model", models / "generator-sft/model",
+                 "--seed", seed, "--warmup-steps", 4, "--eval-num", 512, *options)
+    return {**curve_of(rows), "calls": sum(r.get("verdicts", 0) for r in rows), "ties": statistics.mean(r["ties"] for r in rows if "ties" in r)}
+
+
+def reward(args, seed):
+    """GRPO for long, at one judge call a sample: comparisons in ring:1, pointwise scores of a judge that learned nothing else, and `painted`."""
+    options = ["--max-steps", args.long, "--eval-every", 6, "--kl", 0]
+    pair, scorer = Path(args.models.format(seed=seed), "judge-dpo/model"), Path(args.out, f"joint-{seed}-scores-{args.steps}/model")
+    run = functools.partial(train, args, seed)
+    yield "win rates", functools.partial(run, "reward win rates", *options, "--judge", pair, "--pairs", "ring:1")
+    yield "scores", functools.partial(run, "reward scores", *options, "--judge", scorer, "--reward", "score")
+    yield "a fixed criterion", functools.partial(run, "reward fixed", *options, "--reward", f"{ROOT / 'tests/ablations.py'}:painted")
+
+
+ARMS = {**{f"alpha {a}": ["--alpha", a] for a in (0, .3, .5, .7, 1)}, "all": ["--pairs", "all"], "ring:3": ["--pairs", "ring:3"],
+        "ring:2, both orders": ["--both-orders"], "category D counted": ["--category-weights", 1, 1, 1, 1]}
+
+
+def train_arms(args, seed):
+    """GRPO with the defaults (alpha .7, ring:2) but for one option."""
+    for arm, options in ARMS.items():
+        yield arm, functools.partial(train, args, seed, arm, "--judge", Path(args.models.format(seed=seed), "judge-dpo/model"), "--max-steps", args.short, "--eval-every", 0, *options)
+
+
+CLAIMS = {"signal": signal, "dpo": dpo, "joint": joint, "reward": reward, "grpo": train_arms}
+
+
+# ---------------------------------------------------------------- what came out
+
+def spread(values):
+    """(mean, half of its 95 % interval) of some runs, by Student's t."""
+    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
+    mean = statistics.mean(values)
+    return mean, t.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def bootstrap(values, draws=2000):
+    """(mean, half of its 95 % interval) over groups, drawn again with replacement."""
+    if not values:
+        return math.nan, math.nan
+    means = sorted(statistics.mean(random.Random(d).choices(values, k=len(values))) for d in range(draws))
+    return sum(values) / len(values), (means[int(.975 * draws)] - means[int(.025 * draws)]) / 2
+
+
+def report(args, rows):
+    """Tables on the terminal as Markdown, pictures beside --results."""
+    by = {}
+    for row in rows:
+        by.setdefault(row["claim"], {}).setdefault(row["arm"], []).append(row)
+    for claim, arms in by.items():
+        seeds = sorted({row["seed"] for runs in arms.values() for row in runs})
+        print(f"\n{claim}, seeds {', '.join(map(str, seeds))}\n")
+        if claim == "signal":
+            print("| | calls a group | true above false | against the reference, paired | mean advantage of item 0 |\n|---|---|---|---|---|")
+            for arm, runs in arms.items():
+                reference = {"alpha": "alpha 0.7", "pairs": "pairs all", "order": f"order random, {arm.rpartition(', ')[2]}", "relation": "relation prompts, three anchors"}[arm.split()[0]]
+                pool = lambda name: {(row["seed"], k): x for row in arms[name] for k, x in row["right"].items()}
+                mine, theirs = pool(arm), pool(reference)
+                gap = "" if arm == reference else "{:+.3f} ± {:.3f}".format(*bootstrap([mine[k] - theirs[k] for k in mine if k in theirs]))
+                print(f"| {arm} | {runs[0]['calls']} | {'{:.3f} ± {:.3f}'.format(*bootstrap([*mine.values()]))} | {gap} | {statistics.mean(r['first'] for r in runs):+.2f} |")
+            continue
+        names = {"dpo": ["winner_accuracy_before", "winner_accuracy_after", "swap_consistency_after", "grounded", "pairs"], "joint": [*KINDS]}.get(
+            claim, ["true_before", "true_after", "cast_before", "cast_after", "calls"])
+        print("| | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
+        for arm, runs in arms.items():
+            print(f"| {arm} | " + " | ".join(" / ".join(f"{row[name]:.4g}" if name in row else "" for row in runs) for name in names) + " |")
+        if claim in ("reward", "grpo"):
+            gains = {arm: {row["seed"]: 100 * (row["true_after"] - row["true_before"]) for row in runs} for arm, runs in arms.items()}
+            reference = gains.get("alpha 0.7", gains.get("win rates", {}))
+            print()
+            for arm, gain in gains.items():
+                paired = [gain[seed] - reference[seed] for seed in gain if seed in reference]
+                print("{}: {:+.1f} ± {:.1f} points, {:+.1f} ± {:.1f} against the reference".format(arm, *spread([*gain.values()]), *spread(paired or [math.nan])))
+    if runs := by.get("reward"):
+        plot({"true to the prompt, step": {arm: [row["curve"] for row in found] for arm, found in runs.items()},
+              "reward in training, each scaled to 0..1, step": {arm: [scaled(row["reward"]) for row in found] for arm, found in runs.items()}},
+             Path(args.results).with_name("reward.png"))
+
+
+def scaled(curve):
+    low, high = min(y for _, y in curve), max(y for _, y in curve)
+    return [(x, (y - low) / max(high - low, 1e-9)) for x, y in curve]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("claim", choices=[*CLAIMS, "report"])
+    add("--models", default="out/{seed}", help="folder of a seed's judge-sft, judge-dpo and generator-sft")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--results", default=str(ROOT / "tests/results/ablations.jsonl"), help="a line a run")
+    add("--out", default="out/ablations", help="where runs leave their logs and models")
+    add("--groups", type=int, default=48, help="signal: prompts, of 8 samples each")
+    add("--draws", type=int, default=20, help="signal: schedules drawn of each group")
+    add("--pairs", type=int, default=800, help="dpo: pairs that traces are sampled for")
+    add("--steps", type=int, default=400, help="joint: optimizer steps")
+    add("--long", type=int, default=48, help="reward: optimizer steps")
+    add("--short", type=int, default=16, help="grpo: optimizer steps")
+    add("--extra", type=str.split, default=[], help="options added to every stage")
+    args = parser.parse_args(argv)
+    results = Path(args.results)
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    if args.claim == "report":
+        return report(args, rows)
+    sft.start_ranks()
+    results.parent.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        done = {row["arm"] for row in rows if (row["claim"], row["seed"]) == (args.claim, seed)}
+        for arm, measure in CLAIMS[args.claim](args, seed):
+            if arm not in done:
+                numbers = measure()
+                with open(results, "a") as file:
+                    file.write(json.dumps({"claim": args.claim, "arm": arm, "seed": seed, **numbers}) + "\n")
+                print(f"{args.claim}, {arm}, seed {seed}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
