@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -304,6 +305,7 @@ def main(argv=None):
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--results", default=str(ROOT / "tests/results/ablations.jsonl"), help="a line a run")
     add("--out", default="out/ablations", help="where runs leave their logs and models")
+    add("--arms", default="", help="regular expression: only the arms that match")
     add("--groups", type=int, default=48, help="signal: prompts, of 8 samples each")
     add("--draws", type=int, default=20, help="signal: schedules drawn of each group")
     add("--pairs", type=int, default=800, help="dpo: pairs that traces are sampled for")
@@ -321,7 +323,7 @@ def main(argv=None):
     for seed in args.seeds:
         done = {row["arm"] for row in rows if (row["claim"], row["seed"]) == (args.claim, seed)}
         for arm, measure in CLAIMS[args.claim](args, seed):
-            if arm not in done:
+            if arm not in done and re.search(args.arms, arm):
                 numbers = measure()
                 with open(results, "a") as file:
                     file.write(json.dumps({"claim": args.claim, "arm": arm, "seed": seed, **numbers}) + "\n")
