@@ -271,7 +271,7 @@ def test_functions_tests_options_and_headings_that_the_readme_names_exist():
     asked = set(re.findall(r"`(test_\w+)`", README))
     assert len(asked) > 25 and asked - defined == set()
     helps = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/bench_*.py")])
-    options = {option for code in re.findall(r"`([^`\n]*)`", README) if not code.startswith("vllm") for option in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", code)}
+    options = {option for code in re.findall(r"`([^`\n]*)`", README) if not code.startswith(("vllm", "--resume_", "--use_", "--sp_")) for option in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", code)}
     assert len(options) > 40 and [o for o in options if f'"--{o}"' not in helps and f'"--{o.removeprefix("no-")}"' not in helps] == []
     anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^## (.*)$", README, re.M)}
     links = set(re.findall(r"\]\(#([^)]*)\)", README))
