@@ -270,9 +270,12 @@ def test_functions_tests_options_and_headings_that_the_readme_names_exist():
     defined = set(re.findall(r"^def (test_\w+)", "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py")), re.M))
     asked = set(re.findall(r"`(test_\w+)`", README))
     assert len(asked) > 25 and asked - defined == set()
-    helps = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/bench_*.py")])
-    options = {option for code in re.findall(r"`([^`\n]*)`", README) if not code.startswith(("vllm", "--resume_", "--use_", "--sp_")) for option in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", code)}
-    assert len(options) > 40 and [o for o in options if f'"--{o}"' not in helps and f'"--{o.removeprefix("no-")}"' not in helps] == []
+    sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/bench_*.py")])
+    spans = [code for code in re.findall(r"`([^`\n]*)`", README) if not code.startswith(("vllm", "--resume_", "--use_", "--sp_"))]     # other people's
+    options = {option for code in spans for option in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", code)}
+    assert len(options) > 40 and [o for o in options if f'"--{o}"' not in sources and f'"--{o.removeprefix("no-")}"' not in sources] == []
+    logged = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", README[README.index("## Troubleshooting"):]))
+    assert len(logged) >= 6 and [name for name in logged if not re.search(rf"\b{name}\b", sources)] == []
     anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^## (.*)$", README, re.M)}
     links = set(re.findall(r"\]\(#([^)]*)\)", README))
     assert len(links) > 10 and links - anchors == set()
