@@ -229,7 +229,7 @@ def test_the_kl_term_is_not_divided_by_dt(generator_folder):
     args = grpo.parse_args(["--kl", ".5", "--ratio-norm"])
     sft.add_lora(pipe.transformer, 2, 2, args.lora_targets)
     for layer in sft.lora_layers(pipe.transformer).values():
-        torch.nn.init.normal_(layer.lora_B, std=.1)
+        torch.nn.init.normal_(layer.lora_B)
     _, trajectory = grpo.rollout(pipe, prompts, [(0, 1), (0, 2)], args, **call)
     found = grpo.accumulate_gradients(pipe, trajectory, torch.zeros(2), args, torch.full((2,), .5), prompt=prompts, **call)
     assert found["kl"] > 1e-6 and found["loss"] == pytest.approx(.5 * found["kl"], rel=1e-4)
@@ -256,7 +256,8 @@ def test_the_table_of_memory_is_arithmetic_on_counted_parameters():
             sft.add_lora(model, 64, 64, stage.parse_args([]).lora_targets)
             adapters.append(sum(p.numel() for p in sft.trainable(model).values()) / 1e9)
     j, w = adapters
-    for cells in (f"| {J:.2f} | {j:.2f} | 2 x {J:.2f} + 16 x {j:.2f} = {2 * J + 16 * j:.1f} |", f"| {J:.2f} | 16 x {J:.2f} / 8 = {16 * J / 8:.1f} |",
+    lora = f"LoRA 64 | {J:.2f} | {j:.2f} | 2 x {J:.2f} + 16 x {j:.2f} = {2 * J + 16 * j:.1f} |"
+    for cells in (f"| SFT of Qwen3-VL-8B, {lora}", f"| DPO of it, {lora}", f"| {J:.2f} | 16 x {J:.2f} / 8 = {16 * J / 8:.1f} |",
                   f"| {J:.2f} | {J:.2f} | (4 + 16) x {J:.2f} / 16 = {20 * J / 16:.1f} |", f"2 x {J:.2f} = {2 * J:.1f} GB",
                   f"| {F:.2f} | 16 x {F:.2f} / 8 = {2 * F:.1f}; while loading 4 x ({F:.2f} + {t5:.2f}) = {4 * (F + t5):.1f} |",
                   f"| {W:.2f} | {w:.2f} | 2 x {W:.2f} + 16 x {w:.2f} = {2 * W + 16 * w:.1f}; while encoding 2 x {umt5:.2f} = {2 * umt5:.1f} more |"):
