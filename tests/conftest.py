@@ -13,7 +13,7 @@ from transformers import logging
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(scope="session")
