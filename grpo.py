@@ -24,7 +24,7 @@ from reward import (Comparison, Failure, asks_judge, blend_advantages, find_judg
 # toolbox and driver from sft.py; paste those blocks here to stand alone
 from sft import (Done, Log, adapters_off, denoisers, draw_before_after, draw_curves, frames_of, gather, generator, load_checkpoint, load_pipeline,
                  make_optimizers, optimizer_step, peak_gib, pipe_arg, prediction_type, prepare_training, run, sample_media, save_adapter,
-                 save_checkpoint, save_pipeline, save_whole, seeded_noise, set_lr, start_ranks, total, trainable, velocity)
+                 save_checkpoint, save_pipeline, seeded_noise, set_lr, start_ranks, total, trainable, velocity)
 
 
 def parse_args(argv=None):
@@ -469,7 +469,7 @@ def main(argv=None):
         before.update({"win_rate": .5} if "win_rate" in after else {})
     if args.lora_rank:
         save_adapter(Path(args.out, "adapter"), modules, "pytorch_lora_weights.safetensors")
-    save_whole(lambda: save_pipeline(pipe, Path(args.out, "model")), modules.values(), ranks)
+    save_pipeline(pipe, Path(args.out, "model"))
     if ranks.rank == 0:
         draw_curves(log.rows, ["held_out_win_rate", "held_out_true", "held_out_cast", "kl", "ties", "grad_norm"], Path(args.out, "curves.png"))
         draw_before_after(media_before, media_after, Path(args.out, "before_after.png"))

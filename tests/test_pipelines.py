@@ -51,7 +51,7 @@ def test_ratio_is_1_at_the_first_update_and_gradients_arrive(family, lora):
         p.grad = None
     for module in modules:                           # as it was, for the next test
         for name, layer in sft.lora_layers(module).items():
-            sft.replace_module(module, name, layer.base)
+            module.set_submodule(name, layer.base)
         module.requires_grad_(True)
 
 
