@@ -716,13 +716,25 @@ def install(pipe, park=False, cache_size=32):
     return pipe
 
 
+def takes_one_image(pipe):
+    """Whether a call of the pipeline takes one source image for all its prompts, as Wan's image-to-video does, not one for each."""
+    check = inspect.getsource(type(pipe).check_inputs)
+    return "isinstance(image, PIL.Image.Image)" in check and "isinstance(image, list)" not in check
+
+
 def run(pipe, visit=None, x=None, keep=None, grid=None, grad=False, autocast=None, **kwargs):
     """One call of the pipeline under visit(i, x, v), from latents x if given; with grad, without the pipeline's no_grad.
 
     `keep` lists the steps of the stock schedule to walk, `grid` gives timesteps instead. Returns the pipeline's output, or None if
-    the visit left early.
+    the visit left early. ValueError: several source images where the pipeline takes one.
     """
     tap, call = pipe.scheduler, type(pipe).__call__
+    if isinstance(kwargs.get("negative_prompt"), str) and isinstance(kwargs["prompt"], list):         # with images, some count one for each
+        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(kwargs["prompt"])
+    if isinstance(images := kwargs.get("image"), list) and takes_one_image(pipe):
+        if any(image != images[0] for image in images):
+            raise ValueError(f"{type(pipe).__name__} takes one source image a call, not {len(images)}: pass a --batch-size that divides --group-size")
+        kwargs["image"] = images[0]
     tap.visit, tap.x, tap.keep, tap.grid = visit, x, keep, grid
     kwargs = {k: copy.copy(v) if isinstance(v, list) else v for k, v in kwargs.items()}     # some pipelines write into them
     amp = torch.autocast(pipe.device.type, autocast, cache_enabled=False) if autocast else contextlib.nullcontext()
@@ -822,7 +834,7 @@ def frames_of(output):
 
 def sample_media(pipe, prompts, seeds, batch_size=64, **kwargs):
     """frames_of samples by the stock (ODE) sampler; sample i is a function of its prompt, its seed and its image=[...], if there are any."""
-    media = []
+    media, batch_size = [], 1 if isinstance(kwargs.get("image"), list) and takes_one_image(pipe) else batch_size
     for i in range(0, len(prompts), batch_size):
         part = {k: v[i:i + batch_size] for k, v in {"prompt": list(prompts), "image": kwargs.get("image")}.items() if isinstance(v, list)}
         generators = [generator(seed) for seed in seeds[i:i + batch_size]]
