@@ -542,7 +542,7 @@ class Log:
 def tile(rows, gap=0):
     """One image of equally large ones in rows."""
     width, height = (side + gap for side in rows[0][0].size)
-    sheet = Image.new("RGB", (len(rows[0]) * width, len(rows) * height), "white")
+    sheet = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * height), "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             sheet.paste(image, (x * width, y * height))
