@@ -31,9 +31,10 @@ from data import (TOYS, WINNERS, batch_indices, build_preferences, comparison, e
                   write_jsonl)
 from reward import Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
 # toolbox and driver from sft.py; paste those blocks here to stand alone
-from sft import (Log, adapters_off, denoisers, draw_before_after, draw_curves, draw_verdict, encode_media, enter, gather, generator, has_bf16, load_checkpoint,
-                 load_pipeline, make_optimizers, optimizer_step, peak_gib, pipe_arg, predict, prediction_type, prepare_training, sample_media, save_adapter,
-                 save_checkpoint, save_pipeline, save_whole, seeded_noise, set_lr, shard, start_ranks, token_logps, total, trainable)
+from sft import (Log, adapters_off, denoisers, draw_before_after, draw_curves, draw_verdict, encode_media, enter, frozen_dtype, gather, generator, has_bf16,
+                 load_checkpoint, load_pipeline, make_optimizers, need, optimizer_step, peak_gib, pipe_arg, predict, prediction_type, prepare_training,
+                 sample_shares, save_adapter, save_checkpoint, save_judge, save_pipeline, seeded_noise, set_lr, shard, start_ranks, token_logps, total,
+                 trainable)
 
 
 def parse_args(argv=None):
@@ -100,10 +101,7 @@ def parse_args(argv=None):
                     max_steps=60 if judge else 200, batch_size=16 if judge else 32, bf16=has_bf16(),
                     lora_targets=r"(language|text)_model\..*_proj\w*$" if judge else
                     r"blocks\.\d+\..*(to_(q|k|v|out\.0)|add_(q|k|v)_proj|to_add_out|proj_mlp|proj_out|net\.(0\.proj|2))$")
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     args.max_new_tokens = args.max_new_tokens or (256 if args.data.split(":")[0] in TOYS else 2048)
     args.judge_batch = args.judge_batch or (200 if args.max_new_tokens <= 256 else 16)
     return args
@@ -198,8 +196,7 @@ class Judge:
     def __init__(self, args, ranks):
         self.args, self.ranks = args, ranks
         ready = Path(args.data).is_file() and '"chosen"' in open(args.data).readline()
-        self.held_out = open_records(args.eval_data, "pair", args.eval_num, 1) if ranks.rank == 0 else []
-        self.held_out = [self.held_out[i] for i in range(min(len(self.held_out), args.eval_num))]
+        self.held_out = list(open_records(args.eval_data, "pair", args.eval_num, 1))[:args.eval_num] if ranks.rank == 0 else []
         template = args.template and Path(args.template).read_text()
         judge = LocalJudge(args.model, template=template, batch_size=args.judge_batch, max_new_tokens=args.max_new_tokens)
         self.before = self.exam(judge) if ranks.rank == 0 else None
@@ -207,8 +204,7 @@ class Judge:
         del judge                                                               # its memory is the training's now
         torch.manual_seed(args.seed)
         lora = args.lora_rank or args.adapter
-        half = ranks.device.type == "cuda" and args.bf16 and lora               # what LoRA freezes is bfloat16, what trains float32
-        judge = LocalJudge(args.model, template=template, device="cpu" if args.fsdp else ranks.device, dtype=torch.bfloat16 if half else torch.float32)
+        judge = LocalJudge(args.model, template=template, device="cpu" if args.fsdp else ranks.device, dtype=frozen_dtype(ranks, args.bf16, lora))
         self.model, self.processor, self.template = judge.model, judge.processor, judge.templates[Comparison] or TEMPLATE
         self.model.set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
         self.share = can_share_prompt(self.model) if args.share_prompt is None else args.share_prompt
@@ -239,6 +235,9 @@ class Judge:
             logps, lengths = enter(policy or self.model, response_logps, batch[1])
         return logps, {"nll": -logps[0] / lengths[0], "padding": torch.full_like(logps[0], batch[2])}
 
+    def reference_stats(self, reference):
+        return {}
+
     @torch.no_grad()
     def reference_logps(self, batch):
         if self.table is not None:
@@ -266,10 +265,7 @@ class Judge:
         return after
 
     def save(self, folder):
-        save_whole(lambda: self.model.save_pretrained(folder), [self.model], self.ranks)
-        if self.ranks.rank == 0:
-            self.processor.save_pretrained(folder)
-            Path(folder, "template.txt").write_text(self.template)
+        save_judge(folder, self.model, self.processor, self.template)
 
 
 # ---------------------------------------------------------------- the generator: denoising errors of two samples
@@ -283,9 +279,8 @@ class Generator:
     def __init__(self, args, ranks):
         self.args, self.ranks = args, ranks
         args.pipe_arg = {**know_toy_classes(args.model), **args.pipe_arg}
-        half = ranks.device.type == "cuda" and args.bf16 and args.lora_rank
-        self.pipe = pipe = load_pipeline(args.model, ranks.device, torch.bfloat16 if half else torch.float32)
-        models, scheduler = denoisers(pipe), pipe.scheduler
+        self.pipe = pipe = load_pipeline(args.model, ranks.device, frozen_dtype(ranks, args.bf16, args.lora_rank))
+        models = denoisers(pipe)
         if args.fsdp and len(models) > 1:
             raise ValueError("--fsdp: ranks at different noise levels would gather the shards of different experts. Train without it")
         self.kind = prediction_type(pipe)
@@ -293,15 +288,14 @@ class Generator:
             raise ValueError(f"{args.model}: its scheduler predicts {self.kind!r}; expected epsilon, v_prediction or a flow")
         embedded = any(m.config.get("guidance_embeds") or m.config.get("time_cond_proj_dim") for m in models.values())      # then it is an input like others
         self.call = dict(autocast=torch.bfloat16 if args.bf16 else None, **({} if embedded else {"guidance_scale": 0}) | args.pipe_arg)
-        records = open_records(args.data, "pair", args.data_num, args.seed, args.skip_bad)
-        self.records = [r for r in (records[i] for i in range(len(records))) if WINNERS[r["winner"]]]
+        records = list(open_records(args.data, "pair", args.data_num, args.seed, args.skip_bad))
+        self.records = [r for r in records if WINNERS[r["winner"]]]
         if ranks.rank == 0:
             print(f"{args.data}: {len(self.records)} pairs, {len(records) - len(self.records)} ties are dropped", flush=True)
         if not self.records:
             raise ValueError(f"{args.data} holds nothing but ties: there is nothing to prefer")
         self.latents = self.encode_pairs()
-        self.held_out = open_records(args.eval_data, "prompt", args.eval_num, 7)
-        self.held_out = [self.held_out[i] for i in range(min(len(self.held_out), args.eval_num))]
+        self.held_out = list(open_records(args.eval_data, "prompt", args.eval_num, 7))[:args.eval_num]
         self.before = self.sample()
         torch.manual_seed(args.seed)
         self.modules, self.reference = {f"{name}.": model for name, model in models.items()}, copy.copy(pipe)
@@ -357,6 +351,10 @@ class Generator:
         error = (predicted.double() - target).pow(2).flatten(1).mean(1).unflatten(0, (2, -1))       # whose last digits beta magnifies
         return -error / 2, {"error/winner": error[0].detach(), "error/loser": error[1].detach()}
 
+    def reference_stats(self, reference):
+        """The reference's errors, (B,) each: where winner's and loser's both rise, these tell drift from harder noise levels."""
+        return {"error/winner_ref": -2 * reference[0], "error/loser_ref": -2 * reference[1]}
+
     @torch.no_grad()
     def reference_logps(self, batch):
         with adapters_off(*self.modules.values()) if self.args.lora_rank else contextlib.nullcontext():
@@ -364,11 +362,9 @@ class Generator:
 
     def sample(self):
         """Samples for the held-out prompts by the stock sampler, the work split over the ranks, and in the toy world what is true of them."""
-        num, world = len(self.held_out), self.ranks.world
-        mine = [i % num for i in range(self.ranks.rank, -(-num // world) * world, world)]                       # equally many
         options = dict(autocast=self.call["autocast"] if self.ranks.device.type == "cuda" else None, **self.args.pipe_arg)
-        media = sample_media(self.pipe, [self.held_out[i]["prompt"] for i in mine], [7 * 1_000_003 + i for i in mine], 2 * self.args.batch_size, **options)
-        media = [frames for _, frames in sorted(dict(gather(zip(mine, media), self.ranks)).items())]
+        media = sample_shares(self.pipe, [r["prompt"] for r in self.held_out], [7 * 1_000_003 + i for i in range(len(self.held_out))], self.ranks,
+                              2 * self.args.batch_size, **options)
         truth = toy_world(self.args.world).truth(self.held_out, media) if "toy_prompt" in self.held_out[0] else {}
         return {**truth, "media": media}
 
@@ -380,17 +376,15 @@ class Generator:
         return after
 
     def save(self, folder):
-        save_whole(lambda: save_pipeline(self.pipe, folder), self.modules.values(), self.ranks)
+        save_pipeline(self.pipe, folder)
 
 
 # ---------------------------------------------------------------- the loop
 
 def main(argv=None):
     args, ranks = parse_args(argv), start_ranks()
-    for path, command in ((args.model, "python sft.py" + " --task generator" * (args.task == "generator") + " --world video" * (args.world == "video")),
-                          (args.data, f"python data.py sift toy:train --model {args.model} --out {args.data}")):
-        if path.startswith("out/") and not Path(path).exists():
-            raise SystemExit(f"{path} is not there yet. Make it first: {command}")
+    need(args.model, "python sft.py" + " --task generator" * (args.task == "generator") + " --world video" * (args.world == "video"))
+    need(args.data, f"python data.py sift toy:train --model {args.model} --out {args.data}")
     task = Judge(args, ranks) if args.task == "judge" else Generator(args, ranks)
     params = {prefix + name: p for prefix, module in task.modules.items() for name, p in trainable(module).items()}
     optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
@@ -414,7 +408,7 @@ def main(argv=None):
             (losses.sum() / per_step).backward()
             for name, value in {"loss": losses, "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
                                 "rewards/margin": chosen_rewards - rejected_rewards,
-                                "rewards/accuracy": (chosen_rewards > rejected_rewards).float(), **stats}.items():
+                                "rewards/accuracy": (chosen_rewards > rejected_rewards).float(), **stats, **task.reference_stats(reference)}.items():
                 sums[name] = sums.get(name, 0) + value.sum().item()
         grad_norm = optimizer_step(list(params.values()), optimizers, ranks, args.max_norm)
         row = {name: total(value, ranks) / per_step for name, value in sums.items()}

@@ -22,9 +22,9 @@ from data import batch_indices, in_world, know_toy_classes, open_records, toy_wo
 from reward import (Comparison, Failure, asks_judge, blend_advantages, find_judge, group_advantages, load_media, normalize, open_judge,
                     open_rewards, parse_verdict, reward_values, schedule_pairs, win_rates)
 # toolbox and driver from sft.py; paste those blocks here to stand alone
-from sft import (Done, Log, adapters_off, denoisers, draw_before_after, draw_curves, frames_of, gather, generator, load_checkpoint, load_pipeline,
-                 make_optimizers, optimizer_step, peak_gib, pipe_arg, prediction_type, prepare_training, run, sample_media, save_adapter,
-                 save_checkpoint, save_pipeline, save_whole, seeded_noise, set_lr, start_ranks, total, trainable, velocity)
+from sft import (Done, Log, adapters_off, denoisers, draw_before_after, draw_curves, frames_of, frozen_dtype, gather, generator, load_checkpoint,
+                 load_pipeline, make_optimizers, need, optimizer_step, peak_gib, pipe_arg, prediction_type, prepare_training, run, sample_shares,
+                 save_adapter, save_checkpoint, save_pipeline, seeded_noise, set_lr, start_ranks, total, trainable, velocity)
 
 
 def parse_args(argv=None):
@@ -99,7 +99,6 @@ def parse_args(argv=None):
     out = in_world(args)
     args.model, args.out = args.model or f"{out}generator-sft/model", args.out or f"{out}grpo"
     args.max_steps = args.max_steps or (64 if args.world == "image" else 40)
-    args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
     args.judge_batch = args.judge_batch or (200 if args.max_new_tokens <= 256 else 16)
     if args.loss == "nft" and args.epochs > 1:
         parser.error("--loss nft takes the policy of the rollout as the old one, so --epochs is 1")
@@ -316,122 +315,150 @@ def sample_advantages(pairs, answers, rewards, num_samples, args):
     return advantages, counts, bad[:1]
 
 
-# ---------------------------------------------------------------- the loop
+# ---------------------------------------------------------------- around the loop
 
-def source_images(records):
-    """{"image": [...]} for the pipeline's call, where prompt records carry a source image that is to be edited or animated, else nothing."""
-    return {"image": [load_media(record["source"])[0] for record in records]} if "source" in records[0] else {}
-
-
-def main(argv=None):
-    args, ranks = parse_args(argv), start_ranks()
-    if min(args.eta, args.sde_steps, args.eval_num) <= 0:
-        raise SystemExit("--eta, --sde-steps and --eval-num must be above 0: without noise a group's images are equal")
+def open_models(args, ranks):
+    """(judge or None, rewards, watched rewards, pipeline) that the options name; SystemExit says which is missing or does not fit."""
+    film = " --world video" * (args.world == "video")
     asks = any(map(asks_judge, filter(None, [args.reward, args.watch])))
-    for folder, command in [(args.model, "python sft.py --task generator")] + [(args.judge or "out/", "python sft.py")] * asks:
-        if folder.startswith("out/") and not Path(folder).exists():
-            raise SystemExit(f"{folder} is not there yet. Make it first: {command}" + " --world video" * (args.world == "video"))
+    need(args.model, "python sft.py --task generator" + film)
+    if asks:
+        need(args.judge or "out/", "python sft.py" + film)
     try:
         args.judge = args.judge or (str(find_judge("video-" * (args.world == "video"))) if asks else None)
         judge = open_judge(args.judge, args.max_new_tokens, batch_size=args.judge_batch) if args.judge else None
         rewards, watched = open_rewards(args.reward, judge), open_rewards(args.watch, judge) if args.watch else []
         if any(name == "flex" for _, name, _ in watched):
             raise ValueError("--watch flex: it takes rewards that give each sample a number; the judge's win rate is measured anyway")
-    except ValueError as error:
-        raise SystemExit(f"grpo.py: {error}") from None
-    torch.manual_seed(args.seed)
-    args.pipe_arg = {**know_toy_classes(args.model), **args.pipe_arg}
-    half = ranks.device.type == "cuda" and args.bf16 and args.lora_rank         # what LoRA freezes is bfloat16, what trains float32
-    try:
-        pipe = load_pipeline(args.model, ranks.device, torch.bfloat16 if half else torch.float32, args.park_encoders)
+        args.pipe_arg = {**know_toy_classes(args.model), **args.pipe_arg}
+        pipe = load_pipeline(args.model, ranks.device, frozen_dtype(ranks, args.bf16, args.lora_rank), args.park_encoders)
         if prediction_type(pipe) != "flow":
             raise ValueError(f"{args.model} predicts {prediction_type(pipe)}; the stochastic sampler needs a flow-matching pipeline")
     except ValueError as error:
         raise SystemExit(f"grpo.py: {error}") from None
+    return judge, rewards, watched, pipe
+
+
+def source_images(records):
+    """{"image": [...]} for the pipeline's call, where prompt records carry a source image that is to be edited or animated, else nothing."""
+    return {"image": [load_media(record["source"])[0] for record in records]} if "source" in records[0] else {}
+
+
+def evaluate(pipe, watched, num, seed, args, ranks, **pipe_args):
+    """(numbers, media, records) of `num` samples of held-out prompts by the ODE, which the ranks share; records and noise depend on seed."""
+    records = list(open_records(args.eval_data, "prompt", num, seed))[:num]
+    prompts = [record["prompt"] for record in records]
+    media = sample_shares(pipe, prompts, [seed * 1_000_003 + i for i in range(len(prompts))], ranks, args.batch_size, **source_images(records), **pipe_args)
+    numbers = toy_world(args.world).truth(records, media) if "toy_prompt" in records[0] else {}
+    for reward in watched:
+        values = reward_values(reward, media[ranks.rank::ranks.world], prompts[ranks.rank::ranks.world])
+        numbers[reward[1]] = total(values.nansum().item(), ranks) / max(total((~values.isnan()).sum().item(), ranks), 1)
+    return numbers, media, records
+
+
+def win_rate_over(judge, media, others, records, seed, ranks):
+    """The judge's share of wins of `media` over `others`, shown in random order: the reward as it looks on held-out prompts."""
+    rng = random.Random(seed)
+    flips = [rng.random() < .5 for _ in media]
+    mine = range(ranks.rank, len(media), ranks.world)
+    texts = judge([Comparison(records[i]["prompt"], *((others[i], media[i]) if flips[i] else (media[i], others[i]))) for i in mine])
+    wins = [.5 if winner == 0 else float((winner == 2) == flips[i]) for i, winner in zip(mine, [parse_verdict(text).winner for text in texts]) if winner is not None]
+    num = total(len(wins), ranks)
+    return {"win_rate": total(sum(wins), ranks) / num} if num else {}           # a judge that says nothing has no opinion
+
+
+def lay_out(num_prompts, group_size, batch_size, ranks):
+    """(chunks, split, lag): how a step's P G samples, numbered prompt by prompt, lie on the ranks.
+
+    chunks: this rank's numbers, `batch_size` a call; those from P G on are surplus, they repeat the first samples and weigh nothing.
+    split: the groups that lie on several ranks. lag: so many chunks after a chunk all its groups are whole.
+    """
+    share = math.ceil(num_prompts * group_size / ranks.world)
+    mine = range(ranks.rank * share, (ranks.rank + 1) * share)
+    chunks = [mine[i:i + batch_size] for i in range(0, share, batch_size)]
+    split = {k for k in range(num_prompts) if k * group_size // share < (k * group_size + group_size - 1) // share}
+    return chunks, split, len(chunks) if split else math.ceil((group_size - 1) / batch_size) * (batch_size % group_size > 0)
+
+
+def open_questions(pairs, media, asked, split, group_size, ranks):
+    """The numbers of the pairs that are to be asked about now: both samples are there, {number: frames}. Groups on several ranks share theirs."""
+    return [number for number, (i, j) in enumerate(pairs) if i in media and j in media and number not in asked
+            and (i // group_size not in split or number % ranks.world == ranks.rank)]
+
+
+def reward_row(counts, num_prompts, num_samples):
+    """The log's shares and means, of the counts of sample_advantages."""
+    decided, of = max(counts["decided"], 1), max(counts["verdicts"], 1)
+    return dict(undecided=counts["undecided"] / of, judge_failures=counts["failures"] / of, unscored=counts["unscored"], verdicts=counts["verdicts"],
+                ties=counts["ties"] / of, first_position_share=counts["first_wins"] / decided, dead_groups=counts["dead"] / num_prompts,
+                **{name: value / num_samples for name, value in counts.items() if name.startswith("reward/")})
+
+
+# ---------------------------------------------------------------- the loop
+
+def main(argv=None):
+    args, ranks = parse_args(argv), start_ranks()
+    if min(args.eta, args.sde_steps, args.eval_num) <= 0:
+        raise SystemExit("--eta, --sde-steps and --eval-num must be above 0: without noise a group's images are equal")
+    judge, rewards, watched, pipe = open_models(args, ranks)
+    torch.manual_seed(args.seed)
     records = open_records(args.data, "prompt", args.data_num, args.seed, args.skip_bad)
+    if args.num_prompts > len(records):
+        raise SystemExit(f"a step takes {args.num_prompts} prompts and {args.data} holds {len(records)}: the same one twice would give the same images")
     modules = {f"{name}.": module for name, module in denoisers(pipe).items()}
     for module in modules.values():
         prepare_training(module, ranks, args.lora_rank, args.lora_alpha, args.lora_targets, grad_ckpt=args.grad_ckpt, compile=args.compile, fsdp=args.fsdp,
                          bf16=args.bf16)
     params = {prefix + name: p for prefix, module in modules.items() for name, p in trainable(module).items()}
     optimizers = make_optimizers(params, args.optim, args.lr, args.weight_decay)
-    G, num_samples = args.group_size, args.num_prompts * args.group_size
-    if args.num_prompts > len(records):
-        raise SystemExit(f"a step takes {args.num_prompts} prompts and {args.data} holds {len(records)}: the same one twice would give the same images")
-    share = math.ceil(num_samples / ranks.world)                                # samples of a rank; the last one's surplus repeats some with weight 0
-    mine = range(ranks.rank * share, (ranks.rank + 1) * share)
-    chunks = [mine[i:i + args.batch_size] for i in range(0, share, args.batch_size)]
-    split = {k for k in range(args.num_prompts) if k * G // share < (k * G + G - 1) // share}               # groups that lie on several ranks
-    lag = len(chunks) if split else math.ceil((G - 1) / args.batch_size) * (args.batch_size % G > 0)        # chunks until a chunk's groups are whole
-    thread = ThreadPoolExecutor(1)                                              # for the judge
     pipe_args = dict(autocast=torch.bfloat16 if args.bf16 else None, **args.pipe_arg)
-
-    def evaluate(num, seed):
-        """(numbers, media, records) of `num` samples of held-out prompts by the ODE, the work split over ranks; noise depends on seed."""
-        held_out = open_records(args.eval_data, "prompt", num, seed)
-        held_out = [held_out[i] for i in range(min(len(held_out), num))]
-        own = [i % len(held_out) for i in range(ranks.rank, math.ceil(len(held_out) / ranks.world) * ranks.world, ranks.world)]    # equally many
-        media = sample_media(pipe, [held_out[i]["prompt"] for i in own], [seed * 1_000_003 + i for i in own], args.batch_size,
-                             **source_images([held_out[i] for i in own]), **pipe_args)
-        found = dict(gather(zip(own, media), ranks))
-        media = [found[i] for i in range(len(held_out))]
-        numbers = toy_world(args.world).truth(held_out, media) if "toy_prompt" in held_out[0] else {}
-        for reward in watched:
-            own = range(ranks.rank, len(media), ranks.world)
-            values = reward_values(reward, [media[i] for i in own], [held_out[i]["prompt"] for i in own])
-            numbers[reward[1]] = total(values.nansum().item(), ranks) / max(total((~values.isnan()).sum().item(), ranks), 1)
-        return numbers, media, held_out
-
-    def win_rate_over(media, others, prompts):
-        """The judge's share of wins of `media` over `others`, shown in random order: the reward as it looks on held-out prompts."""
-        mine, rng = range(ranks.rank, len(media), ranks.world), random.Random(args.seed)
-        flips = {i: rng.random() < .5 for i in range(len(media))}
-        verdicts = [parse_verdict(t).winner for t in judge([
-            Comparison(prompts[i]["prompt"], *((others[i], media[i]) if flips[i] else (media[i], others[i]))) for i in mine])]
-        wins = [.5 if w == 0 else float((w == 2) == flips[i]) for i, w in zip(mine, verdicts) if w is not None]
-        num = total(len(wins), ranks)
-        return {"win_rate": total(sum(wins), ranks) / num} if num else {}       # a judge that says nothing has no opinion
-
-    before, media_before, held_out = evaluate(args.eval_num, 7)
+    before, media_before, held_out = evaluate(pipe, watched, args.eval_num, 7, args, ranks, **pipe_args)
     num_watched = min(args.eval_num, 192)
-    base_media = evaluate(num_watched, 5)[1] if args.eval_every and args.eval_every <= args.max_steps else []
+    base_media = evaluate(pipe, watched, num_watched, 5, args, ranks, **pipe_args)[1] if args.eval_every and args.eval_every <= args.max_steps else []
     first = load_checkpoint(args.out, params, optimizers, vars(args), ranks) if args.resume else 0
     log = Log(args.out, vars(args), ranks, first)
+
+    G, num_samples = args.group_size, args.num_prompts * args.group_size
+    chunks, split, lag = lay_out(args.num_prompts, G, args.batch_size, ranks)
+    accumulate, thread = accumulate_nft if args.loss == "nft" else accumulate_gradients, ThreadPoolExecutor(1)              # for the judge
     if ranks.rank == 0:
-        print(f"{sum(p.numel() for p in params.values()) / 1e6:.2f}M trained parameters, judge {args.judge}; a step: {num_samples} images = "
-              f"{args.num_prompts} prompts x {G}, {share} on each of {ranks.world} ranks in {len(chunks)} batches; {len(split)} groups on several ranks", flush=True)
+        print(f"{sum(p.numel() for p in params.values()) / 1e6:.2f}M trained parameters, judge {args.judge}; a step: {num_samples} images = {args.num_prompts} "
+              f"prompts x {G}, {sum(map(len, chunks))} on each of {ranks.world} ranks in {len(chunks)} batches; {len(split)} groups on several ranks", flush=True)
     bar = tqdm(range(first, args.max_steps), initial=first, total=args.max_steps, disable=ranks.rank > 0)
     for step in bar:
         clock, spent, stats, worst = time.time(), {"judge": 0.0, "idle": 0.0}, {}, 0.0
         lr = set_lr(optimizers, args.lr, step, args.warmup_steps, args.max_steps)
         indices = batch_indices(records, args.num_prompts, step, args.seed)
+        prompt_of = [records[index]["prompt"] for index in indices for _ in range(G)]
         pairs = [(k * G + i, k * G + j) for k, index in enumerate(indices if any(not function for *_, function in rewards) else [])
                  for i, j in schedule_pairs(G, args.pairs, random.Random(f"{args.seed} {step} {index}"), args.both_orders)]
-        rollouts, jobs, answers, media, asked = [], [], {}, {}, set()
+
+        # samples; judge and rewards are asked about them in the thread as soon as both of a pair are there
+        rollouts, jobs, media, asked = [], [], {}, set()
         for chunk in chunks:
             samples = [n % num_samples for n in chunk]
-            here = [records[indices[n // G]] for n in samples]
-            call = dict(prompt=[record["prompt"] for record in here], **source_images(here))
-            found, trajectory = rollout(pipe, seeds=[(args.seed, step, indices[n // G], n % G) for n in samples], args=args, step=step, **call, **pipe_args)
+            call = dict(prompt=[prompt_of[n] for n in samples], **source_images([records[indices[n // G]] for n in samples]))
+            made, trajectory = rollout(pipe, seeds=[(args.seed, step, indices[n // G], n % G) for n in samples], args=args, step=step, **call, **pipe_args)
             rollouts.append((chunk, call, trajectory))
-            found = [(n, frames) for n, frames in zip(chunk, found) if n < num_samples]
-            media.update(found + (gather([item for item in found if item[0] // G in split], ranks) if split else []))
-            questions = [(number, Comparison(records[indices[i // G]]["prompt"], media[i], media[j])) for number, (i, j) in enumerate(pairs)
-                         if i in media and j in media and number not in asked and (i // G not in split or number % ranks.world == ranks.rank)]
-            asked.update(number for number, _ in questions)
-            jobs.append(thread.submit(ask_rewards, judge, rewards, questions, [(n, frames, call["prompt"][n - chunk[0]]) for n, frames in found]))
+            made = [(n, frames) for n, frames in zip(chunk, made) if n < num_samples]
+            media.update(made + (gather([item for item in made if item[0] // G in split], ranks) if split else []))
+            numbers = open_questions(pairs, media, asked, split, G, ranks)
+            asked.update(numbers)
+            questions = [(number, Comparison(prompt_of[i], media[i], media[j])) for number, (i, j) in zip(numbers, [pairs[number] for number in numbers])]
+            jobs.append(thread.submit(ask_rewards, judge, rewards, questions, [(n, frames, prompt_of[n]) for n, frames in made]))
         spent["rollout"] = time.time() - clock
+
+        # updates; each micro-batch waits only for the answers about its own groups
+        answers = {}
         for epoch in range(args.epochs):
             for number, (chunk, call, trajectory) in enumerate(rollouts):
-                while jobs and len(rollouts) - len(jobs) <= number + lag:       # what this chunk needs to know; all ranks ask at the same places
+                while jobs and len(rollouts) - len(jobs) <= number + lag:       # all ranks gather at the same places
                     waiting = time.time()
                     found, seconds = jobs.pop(0).result()
                     answers.update(((kind, n), answer) for kind, n, answer in gather(found, ranks))
                     spent["judge"], spent["idle"] = spent["judge"] + seconds, spent["idle"] + time.time() - waiting
-                advantages = sample_advantages(pairs, answers, rewards, num_samples, args)[0]
-                advantages = advantages[[n % num_samples for n in chunk]].to(ranks.device)
+                advantages = sample_advantages(pairs, answers, rewards, num_samples, args)[0][[n % num_samples for n in chunk]].to(ranks.device)
                 weights = torch.tensor([float(n < num_samples) / num_samples for n in chunk], device=ranks.device)
-                accumulate = accumulate_nft if args.loss == "nft" else accumulate_gradients
                 found = accumulate(pipe, trajectory, advantages, args, weights, **call, **pipe_args)
                 worst = max(worst, found.pop("max_ratio_error") * (epoch == 0))
                 stats = {k: stats.get(k, 0) + v / args.epochs for k, v in found.items()}
@@ -442,20 +469,14 @@ def main(argv=None):
                                      f"{args.max_parse_fail}. One of them:\n{bad[0][:2000]}")
             grad_norm = optimizer_step(list(params.values()), optimizers, ranks, args.max_norm)
         spent["train"] = time.time() - clock - spent["rollout"] - spent["idle"]
-        worst = max(gather([worst], ranks))
-        row = {k: total(v, ranks) for k, v in stats.items()}
-        decided, of = max(counts["decided"], 1), max(counts["verdicts"], 1)
-        row.update(max_ratio_error=worst, undecided=counts["undecided"] / of, judge_failures=counts["failures"] / of, unscored=counts["unscored"],
-                   verdicts=counts["verdicts"], ties=counts["ties"] / of, first_position_share=counts["first_wins"] / decided,
-                   dead_groups=counts["dead"] / args.num_prompts,
-                   **{name: value / num_samples for name, value in counts.items() if name.startswith("reward/")})
+
+        row = {k: total(v, ranks) for k, v in stats.items()} | {"max_ratio_error": max(gather([worst], ranks))} | reward_row(counts, args.num_prompts, num_samples)
         if step == first and ranks.rank == 0:
-            print(f"max |ratio - 1| at the first update: {worst:.3g}", flush=True)
+            print(f"max |ratio - 1| at the first update: {row['max_ratio_error']:.3g}", flush=True)
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            found, samples, prompts = evaluate(num_watched, 5)
+            found, samples, prompts = evaluate(pipe, watched, num_watched, 5, args, ranks, **pipe_args)
+            found.update(win_rate_over(judge, samples, base_media, prompts, args.seed, ranks) if judge else {})
             row.update({f"held_out_{k}": v for k, v in found.items()})
-            if judge:
-                row.update({f"held_out_{k}": v for k, v in win_rate_over(samples, base_media, prompts).items()})
             if ranks.rank == 0:
                 draw_before_after(base_media, samples, Path(args.out, f"samples_{step + 1:06d}.png"), 12)
         log.write(step=step + 1, **row, lr=lr, grad_norm=grad_norm, **{f"{k}_s": v for k, v in spent.items()}, peak_gib=peak_gib())
@@ -463,13 +484,13 @@ def main(argv=None):
         if step + 1 in (1, args.max_steps) or (step + 1) % args.save_every == 0:
             save_checkpoint(args.out, step + 1, params, optimizers, vars(args), ranks)
 
-    after, media_after, _ = evaluate(args.eval_num, 7)
+    after, media_after, _ = evaluate(pipe, watched, args.eval_num, 7, args, ranks, **pipe_args)
     if judge:
-        after.update(win_rate_over(media_after[:256], media_before[:256], held_out))
+        after.update(win_rate_over(judge, media_after[:256], media_before[:256], held_out, args.seed, ranks))
         before.update({"win_rate": .5} if "win_rate" in after else {})
     if args.lora_rank:
         save_adapter(Path(args.out, "adapter"), modules, "pytorch_lora_weights.safetensors")
-    save_whole(lambda: save_pipeline(pipe, Path(args.out, "model")), modules.values(), ranks)
+    save_pipeline(pipe, Path(args.out, "model"))
     if ranks.rank == 0:
         draw_curves(log.rows, ["held_out_win_rate", "held_out_true", "held_out_cast", "kl", "ties", "grad_norm"], Path(args.out, "curves.png"))
         draw_before_after(media_before, media_after, Path(args.out, "before_after.png"))

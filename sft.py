@@ -12,7 +12,6 @@ and the driver (any diffusers pipeline as a policy). Legend: B records, T tokens
 import argparse
 import random
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ import resource
 import shutil
 import subprocess
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import diffusers
@@ -69,15 +69,6 @@ def start_ranks():
     return Ranks(*((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)), device)
 
 
-def total(value, ranks):
-    """The sum of a number over all ranks."""
-    if ranks.world == 1:
-        return float(value)
-    tensor = torch.tensor(float(value), dtype=torch.float64, device=ranks.device)
-    dist.all_reduce(tensor)
-    return tensor.item()
-
-
 def gather(items, ranks):
     """The lists of all ranks, joined in the order of the ranks."""
     if ranks.world == 1:
@@ -85,6 +76,11 @@ def gather(items, ranks):
     out = [None] * ranks.world
     dist.all_gather_object(out, list(items))
     return [item for part in out for item in part]
+
+
+def total(value, ranks):
+    """The sum of a number over all ranks."""
+    return sum(gather([float(value)], ranks))
 
 
 def sync_gradients(params, ranks):
@@ -235,11 +231,6 @@ def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def replace_module(model, name, new):
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
-
-
 PARTS = {"projector": r"merger|projector|connector|qformer", "vision": r"(^|\.)(visual|vision_\w+|image_encoder)\.", "language": ""}
 
 
@@ -256,7 +247,7 @@ def add_lora(model, rank, alpha, targets, skip=()):
     if not names:
         raise ValueError(f"--lora-targets {targets!r} matches no linear layer of {type(model).__name__} outside {list(skip)}.")
     for name in names:
-        replace_module(model, name, LoRALinear(model.get_submodule(name), rank, alpha))
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
 
 
 def whole_state(model):
@@ -271,15 +262,25 @@ def whole_state(model):
     return out
 
 
-def save_whole(save, modules, ranks):
+def save_whole(save, modules):
     """Call save(), some save_pretrained, on rank 0, in which the state_dict of the `modules` is their whole_state. All ranks call it."""
     states = [whole_state(module) for module in modules]
+    if dist.is_initialized() and dist.get_rank():
+        return
     for module, state in zip(modules, states):
         module.state_dict = lambda *args, state=state, **kwargs: state
-    if ranks.rank == 0:
-        save()
+    save()
     for module in modules:
         del module.state_dict
+
+
+def save_judge(folder, model, processor, template):
+    """A folder for from_pretrained, servers and LocalJudge, which reads the wording of the instruction in it. All ranks call it."""
+    def save():
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        Path(folder, "template.txt").write_text(template)
+    save_whole(save, [model])
 
 
 @contextlib.contextmanager
@@ -307,22 +308,21 @@ def save_adapter(folder, modules, filename="adapter_model.safetensors"):
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = fetch(layer.lora_A), fetch(layer.lora_B * layer.scale)
     if dist.is_initialized() and dist.get_rank():
         return
-    os.makedirs(folder, exist_ok=True)
-    save_file(tensors, os.path.join(folder, filename), metadata={"format": "pt"})
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder, filename), metadata={"format": "pt"})
     rank = next(iter(layers.values())).rank
-    with open(os.path.join(folder, "adapter_config.json"), "w") as file:
-        json.dump({"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none",
-                   "target_modules": sorted(name.removeprefix("base_model.model.") for name in layers)}, file, indent=1)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none",
+              "target_modules": sorted(name.removeprefix("base_model.model.") for name in layers)}
+    Path(folder, "adapter_config.json").write_text(json.dumps(config, indent=1))
 
 
 def load_adapter(model, folder):
     """Put the LoRA adapter of a folder, ours or PEFT's, on the model; its layers train on. ValueError names what does not fit."""
-    with open(os.path.join(folder, "adapter_config.json")) as file:
-        config = json.load(file)
+    config = json.loads(Path(folder, "adapter_config.json").read_text())
     changed = [k for k in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out") if config.get(k)]
     if config["peft_type"] != "LORA" or config.get("bias", "none") != "none" or changed:
         raise ValueError(f"{folder}: an adapter with {changed or config['peft_type']}; only plain LoRA of one rank is read")
-    tensors = {name.removeprefix("base_model.model."): x for name, x in load_file(os.path.join(folder, "adapter_model.safetensors")).items()}
+    tensors = {name.removeprefix("base_model.model."): x for name, x in load_file(Path(folder, "adapter_model.safetensors")).items()}
     names = {name.rpartition(".lora_")[0] for name in tensors}
     strange = sorted(names - {name for name, m in model.named_modules() if isinstance(m, nn.Linear)})
     if strange:
@@ -360,6 +360,17 @@ def has_bf16():
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
+
+
+def frozen_dtype(ranks, bf16, lora):
+    """What a loaded model's weights are held in: bfloat16 where LoRA freezes them on a GPU that computes in it; what trains is float32."""
+    return torch.bfloat16 if ranks.device.type == "cuda" and bf16 and lora else torch.float32
+
+
+def need(path, command):
+    """Stop with the command that makes `path`, a folder or file of an earlier stage in out/, where it is not there yet."""
+    if path.startswith("out/") and not Path(path).exists():
+        raise SystemExit(f"{path} is not there yet. Make it first: {command}")
 
 
 def peak_gib():
@@ -440,18 +451,16 @@ def save_checkpoint(run, step, params, optimizers, args, ranks):
     rng = gather([[torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if ranks.device.type == "cuda" else [])], ranks)
     weights, states = {n: fetch(p) for n, p in params.items()}, [tree_map(fetch, o.state_dict()) for o in optimizers]
     if ranks.rank == 0:
-        folder, aside = os.path.join(run, f"step_{step:06d}"), os.path.join(run, "aside")
+        aside = Path(run, "aside")
         shutil.rmtree(aside, ignore_errors=True)
-        os.makedirs(aside)
-        files = {name: os.path.join(aside, name) for name in ("weights.safetensors", "state.pt")}
-        save_file(weights, files["weights.safetensors"])
-        torch.save({"step": step, "optimizers": states, "rng": rng}, files["state.pt"])
-        with open(os.path.join(aside, "args.json"), "w") as file:
-            json.dump({"args": args, "digests": {name: digest(path) for name, path in files.items()}}, file, indent=1)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-        for old in sorted(f for f in os.listdir(run) if f.startswith("step_"))[:-2]:
-            shutil.rmtree(os.path.join(run, old))
+        aside.mkdir(parents=True)
+        save_file(weights, aside / "weights.safetensors")
+        torch.save({"step": step, "optimizers": states, "rng": rng}, aside / "state.pt")
+        digests = {file.name: digest(file) for file in aside.iterdir()}
+        Path(aside, "args.json").write_text(json.dumps({"args": args, "digests": digests}, indent=1))
+        aside.rename(Path(run, f"step_{step:06d}"))
+        for old in sorted(Path(run).glob("step_*"))[:-2]:
+            shutil.rmtree(old)
     if ranks.world > 1:
         dist.barrier()
 
@@ -459,20 +468,18 @@ def save_checkpoint(run, step, params, optimizers, args, ranks):
 def load_checkpoint(run, params, optimizers, args, ranks):
     """Restore the newest checkpoint of `run` and return its step, 0 where there is none yet; ValueError if it is damaged or belongs to
     other weights, options or ranks, naming what differs."""
-    folders = sorted(f for f in (os.listdir(run) if os.path.isdir(run) else []) if f.startswith("step_"))
-    found = set(gather([folders[-1] if folders else None], ranks))
+    folders = sorted(Path(run).glob("step_*"))
+    found = set(gather([folder.name for folder in folders[-1:]] or [None], ranks))
     if len(found) > 1:
         raise ValueError(f"--resume: ranks see different checkpoints in {run}: {found}. --out must lie on a disk that all nodes share")
     if not folders:
         if ranks.rank == 0:
             print(f"--resume: no checkpoint in {run} yet, starting from the first step", flush=True)
         return 0
-    folder = os.path.join(run, folders[-1])
-    files = {name: os.path.join(folder, name) for name in ("weights.safetensors", "state.pt")}
+    folder = folders[-1]
     try:
-        with open(os.path.join(folder, "args.json")) as file:
-            saved = json.load(file)
-        damaged = [name for name, path in files.items() if digest(path) != saved["digests"][name]]
+        saved = json.loads(Path(folder, "args.json").read_text())
+        damaged = [name for name, known in saved["digests"].items() if digest(folder / name) != known]
     except (OSError, ValueError, KeyError) as error:
         damaged = [f"{type(error).__name__}: {error}"]
     if damaged:
@@ -481,10 +488,10 @@ def load_checkpoint(run, params, optimizers, args, ranks):
                if saved["args"].get(k) != v and k not in ("resume", "out", "save_every", "eval_every")]
     if differs:
         raise ValueError(f"--resume: {folder} was made with other options: {', '.join(differs)}")
-    state = torch.load(files["state.pt"], map_location="cpu", weights_only=True)
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if len(state["rng"]) != ranks.world:
         raise ValueError(f"--resume: {folder} was made by {len(state['rng'])} ranks, these are {ranks.world}: start as many")
-    with torch.no_grad(), safe_open(files["weights.safetensors"], "pt") as weights:
+    with torch.no_grad(), safe_open(folder / "weights.safetensors", "pt") as weights:
         if set(weights.keys()) != params.keys():
             raise ValueError(f"--resume: {folder} holds other weights: missing {sorted(params.keys() - set(weights.keys()))[:3]}, "
                              f"unexpected {sorted(set(weights.keys()) - params.keys())[:3]}")
@@ -505,24 +512,23 @@ class Log:
     """run/log.jsonl: a first row with options, versions, device and commit, then one row a step; kept by rank 0."""
 
     def __init__(self, run, args, ranks, resumed_step=0):
-        self.path, self.rank, self.rows = os.path.join(run, "log.jsonl"), ranks.rank, []
+        self.path, self.rank, self.rows = Path(run, "log.jsonl"), ranks.rank, []
         if self.rank:
             return
-        os.makedirs(run, exist_ok=True)
-        if resumed_step:
-            with open(self.path) as file:                   # the last line may be torn; only lines up to the checkpoint are kept
-                lines = [line for line in file if line.endswith("}\n")]
-            self.rows = [row for row in map(json.loads, lines) if row.get("step", 0 if "args" in row else math.inf) <= resumed_step]
+        if resumed_step:                                    # the last line may be torn; only lines up to the checkpoint are kept
+            rows = [json.loads(line) for line in open(self.path) if line.endswith("}\n")]
+            self.rows = [row for row in rows if row.get("step", 0 if "args" in row else math.inf) <= resumed_step]
         else:
-            for old in (f for f in os.listdir(run) if f.startswith("step_")):   # of an earlier run, which --resume would take for ours
-                print(f"{run}/{old} of an earlier run is removed")
-                shutil.rmtree(os.path.join(run, old))
+            for old in Path(run).glob("step_*"):            # of an earlier run, which --resume would take for ours
+                print(f"{old} of an earlier run is removed")
+                shutil.rmtree(old)
             commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
             name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
             self.rows = [{"args": args, "torch": torch.__version__, "device": name, "ranks": ranks.world, "commit": commit}]
-        with open(self.path + ".aside", "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.rows)
-        os.replace(self.path + ".aside", self.path)
+        aside = Path(run, "log.jsonl.aside")
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        aside.rename(self.path)
 
     def write(self, **row):
         """Append a row; floats are rounded to six significant digits."""
@@ -533,59 +539,53 @@ class Log:
                 file.write(json.dumps(row) + "\n")
 
 
+def tile(rows, gap=0):
+    """One image of equally large ones in rows."""
+    width, height = (side + gap for side in rows[0][0].size)
+    sheet = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * height), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * width, y * height))
+    return sheet
+
+
 def draw_curves(rows, names, path, width=420, height=240):
     """A PNG with one small plot per name: the value against the step, raw in grey and its running mean in blue."""
-    font, panels = ImageFont.load_default(13), []
+    panels, left, top, right, bottom = [], 58, 26, width - 12, height - 26
     for name in names:
         points = [(row["step"], row[name]) for row in rows if name in row and "step" in row]
         if len(points) < 2:
             continue
-        panel = Image.new("RGB", (width, height), "white")
-        draw, left, top, right, bottom = ImageDraw.Draw(panel), 58, 26, width - 12, height - 26
         xs, ys = zip(*points)
-        log = min(ys) > 0 and max(ys) > 30 * min(ys)
-        labels = (max(ys), min(ys))
-        ys = [math.log(y) for y in ys] if log else ys
-        low, high = min(ys), max(max(ys), min(ys) + 1e-9)
-        place = lambda x, y: (left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left), bottom - (y - low) / (high - low) * (bottom - top))
-        mean, smooth, span = ys[0], [], max(len(ys) / 40, 1)
+        low, high, mean, smooth, span = min(ys), max(max(ys), min(ys) + 1e-9), ys[0], [], max(len(ys) / 40, 1)
         for y in ys:
             mean += (y - mean) / span
             smooth.append(mean)
-        draw.line([place(x, y) for x, y in zip(xs, ys)], fill=(205, 205, 205))
-        draw.line([place(x, y) for x, y in zip(xs, smooth)], fill=(40, 90, 210), width=2)
+        place = lambda x, y: (left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left), bottom - (y - low) / (high - low) * (bottom - top))
+        panels.append(Image.new("RGB", (width, height), "white"))
+        draw = ImageDraw.Draw(panels[-1])
+        draw.line([place(*point) for point in points], fill=(205, 205, 205))
+        draw.line([place(*point) for point in zip(xs, smooth)], fill=(40, 90, 210), width=2)
         draw.rectangle([left, top, right, bottom], outline=(150, 150, 150))
-        for text, at in ((name + " (log)" * log, (left, 6)), (f"{labels[0]:.3g}", (6, top - 6)), (f"{labels[1]:.3g}", (6, bottom - 8)),
-                         (f"step {xs[-1]}", (right - 60, bottom + 6))):
-            draw.text(at, text, fill="black", font=font)
-        panels.append(panel)
+        for text, at in ((name, (left, 6)), (f"{high:.3g}", (6, top - 6)), (f"{low:.3g}", (6, bottom - 8)), (f"step {xs[-1]}", (right - 60, bottom + 6))):
+            draw.text(at, text, fill="black", font=ImageFont.load_default(13))
     if panels:
-        sheet = Image.new("RGB", (width * min(len(panels), 3), height * math.ceil(len(panels) / 3)), "white")
-        for i, panel in enumerate(panels):
-            sheet.paste(panel, (i % 3 * width, i // 3 * height))
-        sheet.save(path)
+        tile([panels[i:i + 3] for i in range(0, len(panels), 3)]).save(path)
 
 
-def draw_grid(rows, path, gap=2):
+def draw_grid(rows, path):
     """A PNG of rows of equally large media, lists of frames, of which up to 4 stand side by side. Of clips a GIF too, in which they move."""
     side, length = max(rows[0][0][0].size), max(len(frames) for row in rows for frames in row)
     zoom = 2 if side < 128 else min(1, 256 / side)
-    width, height = (round(zoom * pixels) for pixels in rows[0][0][0].size)
+    size, kind = [round(zoom * pixels) for pixels in rows[0][0][0].size], Image.NEAREST if zoom > 1 else Image.LANCZOS
 
     def sheet(shown):                                # numbers of the frames
-        step = len(shown) * width + gap
-        out = Image.new("RGB", (len(rows[0]) * step, len(rows) * (height + gap)), "white")
-        for y, row in enumerate(rows):
-            for x, frames in enumerate(row):
-                for k, i in enumerate(shown):
-                    frame = frames[i % len(frames)].resize((width, height), Image.NEAREST if zoom > 1 else Image.LANCZOS)
-                    out.paste(frame, (x * step + k * width, y * (height + gap)))
-        return out
+        return tile([[tile([[frames[i % len(frames)].resize(size, kind) for i in shown]]) for frames in row] for row in rows], 2)
 
     sheet(range(0, length, math.ceil(length / 4))).save(path)
     if length > 1:
         first, *rest = map(sheet, ([i] for i in range(length)))
-        first.save(os.path.splitext(path)[0] + ".gif", save_all=True, append_images=rest, duration=300, loop=0)
+        first.save(Path(path).with_suffix(".gif"), save_all=True, append_images=rest, duration=300, loop=0)
 
 
 def draw_before_after(before, after, path, num=48):
@@ -594,21 +594,20 @@ def draw_before_after(before, after, path, num=48):
     draw_grid([media[i:min(i + width, num)] for i in range(0, num, width) for media in (before, after)], path)
 
 
-def draw_verdict(media, texts, path, side=240):
+def draw_verdict(media, texts, path):
     """A PNG with a pair of images, or the frames of a pair of clips, on the left and one column per text beside them."""
-    font, texts = ImageFont.load_default(13), [t.translate(dict.fromkeys(map(ord, "│├└─"), " ")) for t in texts]    # it has no such glyphs
-    boxes = [ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), t, font=font) for t in texts]
     length = max(map(len, media))
-    side = side if length == 1 else side // 2
-    height = max([(side + 15) * len(media)] + [int(b[3]) + 20 for b in boxes])
-    sheet = Image.new("RGB", (side * length + 40 + sum(int(b[2]) + 30 for b in boxes), height), "white")
-    draw, x = ImageDraw.Draw(sheet), side * length + 40
-    for y, frames in enumerate(media):
-        for k, frame in enumerate(frames):
-            sheet.paste(frame.resize((side, side), Image.NEAREST), (10 + k * side, 10 + y * (side + 10)))
-    for text, box in zip(texts, boxes):
-        draw.multiline_text((x, 10), text, fill="black", font=font)
-        x += int(box[2]) + 30
+    size, font = (240, 240) if length == 1 else (120, 120), ImageFont.load_default(13)
+    parts = [tile([[frame.resize(size, Image.NEAREST) for frame in frames] for frames in media], 20)]
+    for text in texts:
+        text = text.translate(dict.fromkeys(map(ord, "│├└─"), " "))            # the font has no such glyphs
+        *_, right, bottom = ImageDraw.Draw(parts[0]).multiline_textbbox((0, 0), text, font=font)
+        parts.append(Image.new("RGB", (math.ceil(right) + 30, math.ceil(bottom) + 20), "white"))
+        ImageDraw.Draw(parts[-1]).multiline_text((0, 10), text, fill="black", font=font)
+    sheet, x = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), "white"), 0
+    for part in parts:
+        sheet.paste(part, (x, 0))
+        x += part.width
     sheet.save(path)
 
 
@@ -618,7 +617,6 @@ def draw_verdict(media, texts, path, side=240):
 # A diffusers pipeline as the policy: guidance, schedule and conditioning stay the pipeline's own, RL is a stand-in scheduler.
 import copy
 import functools
-import hashlib
 import inspect
 import pickle
 
@@ -718,13 +716,25 @@ def install(pipe, park=False, cache_size=32):
     return pipe
 
 
+def takes_one_image(pipe):
+    """Whether a call of the pipeline takes one source image for all its prompts, as Wan's image-to-video does, not one for each."""
+    check = inspect.getsource(type(pipe).check_inputs)
+    return "isinstance(image, PIL.Image.Image)" in check and "isinstance(image, list)" not in check
+
+
 def run(pipe, visit=None, x=None, keep=None, grid=None, grad=False, autocast=None, **kwargs):
     """One call of the pipeline under visit(i, x, v), from latents x if given; with grad, without the pipeline's no_grad.
 
     `keep` lists the steps of the stock schedule to walk, `grid` gives timesteps instead. Returns the pipeline's output, or None if
-    the visit left early.
+    the visit left early. ValueError: several source images where the pipeline takes one.
     """
     tap, call = pipe.scheduler, type(pipe).__call__
+    if isinstance(kwargs.get("negative_prompt"), str) and isinstance(kwargs["prompt"], list):         # with images, some count one for each
+        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(kwargs["prompt"])
+    if isinstance(images := kwargs.get("image"), list) and takes_one_image(pipe):
+        if any(image != images[0] for image in images):
+            raise ValueError(f"{type(pipe).__name__} takes one source image a call, not {len(images)}: pass a --batch-size that divides --group-size")
+        kwargs["image"] = images[0]
     tap.visit, tap.x, tap.keep, tap.grid = visit, x, keep, grid
     kwargs = {k: copy.copy(v) if isinstance(v, list) else v for k, v in kwargs.items()}     # some pipelines write into them
     amp = torch.autocast(pipe.device.type, autocast, cache_enabled=False) if autocast else contextlib.nullcontext()
@@ -824,7 +834,7 @@ def frames_of(output):
 
 def sample_media(pipe, prompts, seeds, batch_size=64, **kwargs):
     """frames_of samples by the stock (ODE) sampler; sample i is a function of its prompt, its seed and its image=[...], if there are any."""
-    media = []
+    media, batch_size = [], 1 if isinstance(kwargs.get("image"), list) and takes_one_image(pipe) else batch_size
     for i in range(0, len(prompts), batch_size):
         part = {k: v[i:i + batch_size] for k, v in {"prompt": list(prompts), "image": kwargs.get("image")}.items() if isinstance(v, list)}
         generators = [generator(seed) for seed in seeds[i:i + batch_size]]
@@ -832,11 +842,20 @@ def sample_media(pipe, prompts, seeds, batch_size=64, **kwargs):
     return media
 
 
+def sample_shares(pipe, prompts, seeds, ranks, batch_size, image=None, **kwargs):
+    """sample_media, of which every rank makes an equal share, as sharded models need, and gets all."""
+    mine = [i % len(prompts) for i in range(ranks.rank, math.ceil(len(prompts) / ranks.world) * ranks.world, ranks.world)]
+    own = {"image": [image[i] for i in mine]} if image else {}
+    media = sample_media(pipe, [prompts[i] for i in mine], [seeds[i] for i in mine], batch_size, **own, **kwargs)
+    found = dict(gather(zip(mine, media), ranks))
+    return [found[i] for i in range(len(prompts))]
+
+
 def save_pipeline(pipe, folder):
-    """save_pretrained with the stock scheduler in its place."""
+    """save_pretrained with the stock scheduler in its place, adapters merged and shards gathered. All ranks call it."""
     tap = pipe.scheduler
     vars(pipe).update(pipe.parked, scheduler=tap.stock)
-    pipe.save_pretrained(folder)
+    save_whole(lambda: pipe.save_pretrained(folder), denoisers(pipe).values())
     vars(pipe).update(dict.fromkeys(pipe.parked), scheduler=tap)
 
 
@@ -902,12 +921,10 @@ def parse_args(argv=None):
     args.pipe_arg = dict(args.pipe_arg)
     judge = args.task == "judge"
     defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=(1200 if judge else 750) if args.world == "image" else 1100 if judge else 1000, batch_size=16 if judge else 128,
-                    eval_num=400 if judge else 256, out=f"{in_world(args)}{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
+                    eval_num=400 if judge else 256, out=f"{in_world(args)}{args.task}-sft", bf16=has_bf16(),
                     max_new_tokens=256 if args.model == "toy" else 2048)
     defaults["judge_batch"] = 200 if (args.max_new_tokens or defaults["max_new_tokens"]) <= 256 else 16
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     return args
 
 
@@ -933,9 +950,8 @@ class Judge:
             self.model, self.processor = toy_models().make_judge(args.seed, world=toy_world(args.world))
             self.template = toy_models().INSTRUCTION.replace("image", args.world)
         else:
-            half = ranks.device.type == "cuda" and args.bf16 and (args.lora_rank or args.adapter)       # what LoRA freezes
-            judge = LocalJudge(args.model, template=args.template and Path(args.template).read_text(),
-                               device="cpu" if args.fsdp else ranks.device, dtype=torch.bfloat16 if half else torch.float32)
+            judge = LocalJudge(args.model, template=args.template and Path(args.template).read_text(), device="cpu" if args.fsdp else ranks.device,
+                               dtype=frozen_dtype(ranks, args.bf16, args.lora_rank or args.adapter))
             self.model, self.processor, self.template = judge.model, judge.processor, judge.templates[Comparison] or TEMPLATE
         self.model.set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
         self.modules, self.args, self.device = {"base_model.model.": self.model}, args, ranks.device
@@ -956,19 +972,15 @@ class Judge:
 
     def evaluate(self, out):
         """Numbers on held-out pairs, and verdict.png: one verdict next to its two images."""
-        pairs = open_records(self.args.eval_data, "pair", self.args.eval_num, 1)
-        pairs = [pairs[i] for i in range(min(len(pairs), self.args.eval_num))]
+        pairs = list(open_records(self.args.eval_data, "pair", self.args.eval_num, 1))[:self.args.eval_num]
         judge = LocalJudge(out / "model", batch_size=self.args.judge_batch, max_new_tokens=self.args.max_new_tokens)
         result = evaluate_judge(judge, [comparison(p) for p in pairs], [WINNERS[p["winner"]] for p in pairs], random.Random(0))
         shown = comparison(pairs[0], swap=result["flipped"][0])
         draw_verdict([shown.media_1, shown.media_2], [format_verdict(result["verdicts"][0], shown.prompt)], out / "verdict.png")
         return {k: v for k, v in result.items() if isinstance(v, (int, float))}
 
-    def save(self, folder, ranks):
-        save_whole(lambda: self.model.save_pretrained(folder), [self.model], ranks)
-        if ranks.rank == 0:
-            self.processor.save_pretrained(folder)
-            Path(folder, "template.txt").write_text(self.template)
+    def save(self, folder):
+        save_judge(folder, self.model, self.processor, self.template)
 
 
 # ---------------------------------------------------------------- the generator: flow matching
@@ -983,11 +995,9 @@ class Generator:
             args.pipe_arg = {**toy_models().CALLS[type(self.pipe).__name__], **args.pipe_arg}
         else:
             args.pipe_arg = {**know_toy_classes(args.model), **args.pipe_arg}
-            half = ranks.device.type == "cuda" and args.bf16 and (args.lora_rank or args.adapter)
-            self.pipe = load_pipeline(args.model, ranks.device, torch.bfloat16 if half else torch.float32)
+            self.pipe = load_pipeline(args.model, ranks.device, frozen_dtype(ranks, args.bf16, args.lora_rank or args.adapter))
         self.modules, self.args = {f"{name}.": module for name, module in denoisers(self.pipe).items()}, args
-        self.records = open_records(args.data, "image", args.data_num, args.seed, args.skip_bad)
-        self.records = [self.records[i] for i in range(len(self.records))]
+        self.records = list(open_records(args.data, "image", args.data_num, args.seed, args.skip_bad))
         size = {k: v for k, v in args.pipe_arg.items() if k in ("height", "width")}
         self.latents = torch.cat([encode_media(self.pipe, [load_media(r.pop("videos" if "videos" in r else "images")[0]) for r in self.records[i:i + 256]], **size)
                                   for i in range(0, len(self.records), 256)])   # (N, ...)
@@ -1008,16 +1018,15 @@ class Generator:
 
     def evaluate(self, out):
         """samples.png, and in the toy world the share of samples that the pixel oracle finds true to their prompts."""
-        prompts = open_records(self.args.eval_data, "prompt", self.args.eval_num, 1)
-        prompts = [prompts[i] for i in range(min(len(prompts), self.args.eval_num))]
+        prompts = list(open_records(self.args.eval_data, "prompt", self.args.eval_num, 1))[:self.args.eval_num]
         know_toy_classes(out / "model")
         pipe = load_pipeline(out / "model", self.pipe.device)
         media = sample_media(pipe, [p["prompt"] for p in prompts], range(len(prompts)), self.args.batch_size, **self.args.pipe_arg)
         draw_grid([media[i:i + 8] for i in range(0, min(len(media), 64), 8)], out / "samples.png")
         return toy_world(self.args.world).truth(prompts, media) if "toy_prompt" in prompts[0] else {}
 
-    def save(self, folder, ranks):
-        save_whole(lambda: save_pipeline(self.pipe, folder), self.modules.values(), ranks)
+    def save(self, folder):
+        save_pipeline(self.pipe, folder)
 
 
 # ---------------------------------------------------------------- the loop
@@ -1063,7 +1072,7 @@ def main(argv=None):
     if args.lora_rank or args.adapter:
         save_adapter(Path(args.out, "adapter"), task.modules, task.adapter_file)
     if merged := args.merge or not (args.lora_rank or args.adapter):
-        task.save(Path(args.out, "model"), ranks)
+        task.save(Path(args.out, "model"))
     if ranks.rank == 0:
         draw_curves(log.rows, task.curves, Path(args.out, "curves.png"))
         result = task.evaluate(Path(args.out)) if merged else {}

@@ -99,7 +99,8 @@ def test_loss_is_that_of_direct_calls_and_ln2_at_first(family, rank, tmp_path):
         for p in sft.trainable(module).values():
             p.data += (.02 if rank == "0" else .3) * torch.randn_like(p)
     logps, stats = task.logps(batch)
-    losses, *rewards = dpo.dpo_loss(*logps, *task.reference_logps(batch), beta := 5)
+    losses, *rewards = dpo.dpo_loss(*logps, *(reference := task.reference_logps(batch)), beta := 5)
+    stats |= task.reference_stats(reference)
 
     base = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "base")
     records = [r for r in map(json.loads, open(args.data)) if r["winner"] != "Tie"]
@@ -123,6 +124,7 @@ def test_loss_is_that_of_direct_calls_and_ln2_at_first(family, rank, tmp_path):
                 errors[side] = [(direct(family, pipe, x, t, [records[i]["prompt"]]) - target).pow(2).mean() for pipe in (task.pipe, base)]
         (w, w_ref), (l, l_ref) = errors["w"], errors["l"]
         torch.testing.assert_close(torch.stack([stats["error/winner"][b], stats["error/loser"][b]]), torch.stack([w, l]).double(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.stack([stats["error/winner_ref"][b], stats["error/loser_ref"][b]]), torch.stack([w_ref, l_ref]).double(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(losses[b], -F.logsigmoid(-beta / 2 * ((w - w_ref) - (l - l_ref))).double(), atol=1e-5, rtol=1e-4)
         assert (w - w_ref).abs() > 1e-4 < (l - l_ref).abs()                     # there is something to compare
     losses.sum().backward()
@@ -183,6 +185,7 @@ def test_a_run_resumes_exactly_and_its_adapter_loads_in_diffusers(rank, tmp_path
     log, whole = rows(out), weights(out, 4)
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and log[0]["rewards/margin"] == pytest.approx(0, abs=1e-5) != log[-1]["rewards/margin"]
     assert all(row["error/winner"] > 0 < row["error/loser"] for row in log)
+    assert log[0]["error/winner_ref"] == pytest.approx(log[0]["error/winner"], rel=1e-4) and log[-1]["error/loser_ref"] != log[-1]["error/loser"]
     assert (out / "before_after.png").exists() and (out / "curves.png").exists()
     shutil.rmtree(out / "step_000004")
     dpo.main([*args, "--resume"])

@@ -51,7 +51,7 @@ def test_ratio_is_1_at_the_first_update_and_gradients_arrive(family, lora):
         p.grad = None
     for module in modules:                           # as it was, for the next test
         for name, layer in sft.lora_layers(module).items():
-            sft.replace_module(module, name, layer.base)
+            module.set_submodule(name, layer.base)
         module.requires_grad_(True)
 
 
@@ -133,9 +133,13 @@ def test_parked_encoders_change_nothing(name, tmp_path):
     assert (tmp_path / "saved" / "text_encoder").is_dir() and pipe.text_encoder is None
 
 
-def test_source_images_go_along_with_their_prompts(tmp_path):
-    """FLUX.1 Kontext edits one image for each prompt: another source gives another result, in a batch as alone."""
-    pipe, args = make("FLUX.1 Kontext")
+EDITORS = ["FLUX.1 Kontext", "Qwen-Image-Edit", "Wan image-to-video"]
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_source_images_go_along_with_their_prompts(name, tmp_path):
+    """Each prompt has an image of its own to edit or animate: another source gives another result, in a batch as alone."""
+    pipe, args = make(name)
     sft.prepare(pipe, torch.device("cpu"))
     args.pop("image")
     for name, color in (("a", "red"), ("b", "blue")):
@@ -150,6 +154,52 @@ def test_source_images_go_along_with_their_prompts(tmp_path):
     (tmp_path / "edits.jsonl").write_text('{"prompt": "a cat", "source": "c.png"}\n')
     with pytest.raises(ValueError, match="edits.jsonl:1: .*c.png does not exist"):
         data.read_records(tmp_path / "edits.jsonl", "prompt")
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_editors_start_at_ratio_1_from_records_with_sources(name, tmp_path):
+    """A group of each source, through rollout and replay as grpo.main does; Wan's call takes one source, so its groups come one by one."""
+    pipe, args = make(name)
+    sft.prepare(pipe, torch.device("cpu"))
+    args.pop("image")
+    for color in ("red", "blue"):
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{color}.png")
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps({"prompt": "a cat", "source": f"{color}.png"}) + "\n" for color in ("red", "blue")))
+    records = [record for record in data.read_records(tmp_path / "edits.jsonl", "prompt") for _ in range(2)]
+    settings, found = options("--lora-rank", "0", "--kl", "0"), []
+    for chunk in ([0, 1], [2, 3]) if name.startswith("Wan") else ([0, 1, 2, 3],):
+        call = dict(prompt=[records[n]["prompt"] for n in chunk], **grpo.source_images([records[n] for n in chunk]), **args, num_inference_steps=STEPS, output_type="pt")
+        media, trajectory = grpo.rollout(pipe, seeds=[(7, n % 2) for n in chunk], args=settings, **call)
+        stats = grpo.accumulate_gradients(pipe, trajectory, torch.tensor([1., -1., .5, .25])[:len(chunk)], settings, torch.full((len(chunk),), 1 / 4), **call)
+        assert stats["max_ratio_error"] == 0
+        found += media
+    assert not torch.allclose(found[0][0], found[2][0])                        # the same prompt and noise, another source
+    assert sum(p.grad.abs().sum().item() for p in pipe.transformer.parameters() if p.grad is not None) > 0
+
+
+def test_wan_with_several_sources_in_a_call_says_what_to_do():
+    pipe, args = make("Wan image-to-video")
+    sft.prepare(pipe, torch.device("cpu"))
+    args["image"] = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    with pytest.raises(ValueError, match="WanImageToVideoPipeline takes one source image a call, not 2: pass a --batch-size that divides --group-size"):
+        grpo.rollout(pipe, ["a cat"] * 2, [(7, 0), (7, 1)], options(), num_inference_steps=STEPS, **args)
+
+
+def test_a_run_on_prompts_with_sources(tmp_path):
+    """grpo.py on Wan image-to-video, a folder: groups of two sources, evaluations with the sources of the held-out records."""
+    pipe, args = make("Wan image-to-video")
+    pipe.save_pretrained(tmp_path / "wan")
+    for color in ("red", "blue"):
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{color}.png")
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps({"prompt": "a cat", "source": f"{color}.png"}) + "\n" for color in ("red", "blue")))
+    (tmp_path / "bright.py").write_text("import numpy as np\nbright = lambda media, prompts: [float(np.mean([np.asarray(f) for f in frames])) for frames in media]\n")
+    call = {k: v for k, v in args.items() if k != "image"} | {"num_inference_steps": STEPS}
+    grpo.main(["--model", str(tmp_path / "wan"), "--data", str(tmp_path / "edits.jsonl"), "--eval-data", str(tmp_path / "edits.jsonl"), "--eval-num", "2",
+               "--reward", f"{tmp_path}/bright.py:bright", "--pipe-arg", *(f"{k}={v}" for k, v in call.items()), "--sde-steps", "2", "--lora-rank", "2",
+               "--lora-targets", r"attn\d\.to_q$", "--num-prompts", "2", "--group-size", "2", "--batch-size", "2", "--max-steps", "2", "--warmup-steps", "1",
+               "--lr", "1e-2", "--out", str(tmp_path / "run")])
+    first, second = rows(tmp_path / "run")
+    assert first["max_ratio_error"] == 0 and first["grad_norm"] > 0 and second["kl"] > 0
 
 
 def test_wan_with_its_own_scheduler():

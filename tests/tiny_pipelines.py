@@ -3,8 +3,12 @@ import diffusers as df
 import numpy as np
 import torch
 import transformers as hf
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from diffusers.pipelines.wan import pipeline_wan_i2v
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from reward import without_video
 
 NEGATIVE = "blurry, low quality"
 SPECIAL = ["<bos>", "<pad>", "<eos>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -60,10 +64,12 @@ def flux_true_cfg():
     return pipe, {**args, "true_cfg_scale": 3.0, "negative_prompt": NEGATIVE}
 
 
+SOURCE = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype="uint8"))
+
+
 def kontext():
     pipe, args = flux(df.FluxKontextPipeline)
-    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype="uint8"))
-    return pipe, {**args, "image": image, "max_area": 256, "_auto_resize": False}
+    return pipe, {**args, "image": SOURCE, "max_area": 256, "_auto_resize": False}
 
 
 def flux2():
@@ -107,6 +113,33 @@ def qwen_image():
                                 tokenizer=tokenizer(1024, bos=False))
     pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", 4
     return pipe, dict(height=32, width=32, max_sequence_length=32, true_cfg_scale=4.0, negative_prompt=NEGATIVE)
+
+
+def qwen_image_edit():
+    """Its call needs as many images as prompts; it brings each to a megapixel, here to 64 x 64."""
+    pipe, args = qwen_image()
+    kind = hf.Qwen2VLProcessor if hf.utils.is_torchvision_available() else without_video(hf.Qwen2VLProcessor)
+    processor = kind(image_processor=hf.Qwen2VLImageProcessorPil(size=dict(shortest_edge=56 ** 2, longest_edge=56 ** 2)), tokenizer=pipe.tokenizer, chat_template=CHAT)
+    dimensions = pipeline_qwenimage_edit.__dict__.setdefault("stock_dimensions", pipeline_qwenimage_edit.calculate_dimensions)
+    pipeline_qwenimage_edit.calculate_dimensions = lambda area, ratio: dimensions(64 ** 2, ratio)
+    pipe = df.QwenImageEditPipeline(**pipe.components, processor=processor)
+    pipe.prompt_template_encode = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
+    pipe.prompt_template_encode_start_idx = 4
+    return pipe, {**args, "image": [SOURCE] * 3}
+
+
+def wan_image_to_video():
+    """Its call takes one image; the text is 512 tokens long, as its attention has that number written in."""
+    pipe, args = wan()
+    transformer = df.WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=36, out_channels=16, text_dim=32, freq_dim=256,
+                                           ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32, image_dim=8,
+                                           added_kv_proj_dim=24)
+    encoder = hf.CLIPVisionModel(hf.CLIPVisionConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8))
+    pixels = hf.CLIPImageProcessorPil(crop_size=dict(height=32, width=32), size=dict(shortest_edge=32))
+    parts = {k: v for k, v in pipe.components.items() if k not in ("transformer", "transformer_2")}
+    args.pop("max_sequence_length")
+    pipeline_wan_i2v.prompt_clean = str.strip        # the stock one calls the package ftfy without looking whether it is there
+    return df.WanImageToVideoPipeline(**parts, transformer=transformer, image_encoder=encoder, image_processor=pixels), {**args, "image": SOURCE}
 
 
 def z_image():
@@ -189,8 +222,8 @@ def text_to_video():
     return pipe, dict(height=16, width=16, num_frames=3, guidance_scale=5.0)
 
 
-FAMILIES = {"FLUX.1": flux, "FLUX.1 true CFG": flux_true_cfg, "FLUX.1 Kontext": kontext, "FLUX.2": flux2, "SD3.5": sd3, "Qwen-Image": qwen_image, "Z-Image": z_image,
-            "Sana": sana, "Wan 2.1": wan, "Wan 2.2": lambda: wan(2), "LTX": ltx, "HunyuanVideo": hunyuan_video}
+FAMILIES = {"FLUX.1": flux, "FLUX.1 true CFG": flux_true_cfg, "FLUX.1 Kontext": kontext, "FLUX.2": flux2, "SD3.5": sd3, "Qwen-Image": qwen_image, "Qwen-Image-Edit": qwen_image_edit, "Z-Image": z_image,
+            "Sana": sana, "Wan 2.1": wan, "Wan 2.2": lambda: wan(2), "Wan image-to-video": wan_image_to_video, "LTX": ltx, "HunyuanVideo": hunyuan_video}
 DIFFUSION = {"SD1.5": sd15, "SD2.1": lambda: sd15(prediction_type="v_prediction"), "SDXL": sdxl, "SDXL-Turbo": lambda: sdxl(turbo=True), "text-to-video": text_to_video}
 
 
