@@ -180,12 +180,11 @@ def toy_world(world="image"):
     return importlib.import_module({"image": "toy_world", "video": "toy_video"}[world])
 
 
-def in_world(args):
-    """The beginning of a stage's folders in the toy world of `--world`, whose records `toy` in the options is made to mean."""
-    for name in ("data", "eval_data"):
-        source = getattr(args, name)
-        setattr(args, name, "toy-video" + source[3:] if args.world == "video" and source.split(":")[0] == "toy" else source)
-    return "out/video-" if args.world == "video" else "out/"
+def in_world(world, *sources):
+    """(the beginning of the stages' folders, *sources) in a toy world, "image" or "video": there `toy` is the name of its own records."""
+    if world == "image":
+        return "out/", *sources
+    return "out/video-", *("toy-video" + source[3:] if source.split(":")[0] == "toy" else source for source in sources)
 
 
 def toy_models():

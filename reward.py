@@ -511,8 +511,9 @@ def roomy_cache(config):
 
 class LocalJudge:
     """judge(questions) -> texts, by a transformers model: LocalJudge(path), or LocalJudge(model=, processor=) for one in memory.
-    template=None reads `template.txt` in the folder (sft.py writes it: the wording that a judge was trained on) and else takes TEMPLATE;
-    score_template is the wording for Candidates. The default device is the GPU, else the CPU, the default dtype there bfloat16 or float32."""
+    The wording that a judge was trained on lies beside its weights, as sft.py leaves it: where template is None, `template.txt` is read, else
+    TEMPLATE is taken; score_template, `score_template.txt` and SCORE_TEMPLATE are the same for Candidates. The default device is the GPU,
+    else the CPU, the default dtype there bfloat16 or float32."""
     def __init__(self, path=None, *, model=None, processor=None, template=None, score_template=None, device=None, dtype=None,
                  batch_size=64, max_new_tokens=2048):
         if (path is None) == (model is None) or (model is not None and processor is None):
@@ -524,8 +525,8 @@ class LocalJudge:
             model, processor = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device), load_processor(path)
             if device.type == "cpu":
                 model.set_attn_implementation("eager")      # faster there, token by token
-            if template is None and Path(path, "template.txt").is_file():
-                template = Path(path, "template.txt").read_text(encoding="utf-8")
+            stored = {file.name: file.read_text(encoding="utf-8") for file in Path(path).glob("*template.txt")}
+            template, score_template = template or stored.get("template.txt"), score_template or stored.get("score_template.txt")
         self.model, self.processor = model, processor
         self.templates = {Comparison: template, Candidate: score_template}
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens

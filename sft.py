@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import batch_indices, comparison, encode, in_world, know_toy_classes, open_records, toy_models, toy_world, WINNERS
-from reward import Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
+from reward import Candidate, Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
 
 # ================================================================================================ toolbox
 # What every stage needs and nobody tweaks per stage. Plain arguments in, no name from outside: paste the block to stand alone.
@@ -901,8 +901,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
     judge = args.task == "judge"
+    out, args.data, args.eval_data = in_world(args.world, args.data, args.eval_data)
     defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=(1200 if judge else 750) if args.world == "image" else 1100 if judge else 1000, batch_size=16 if judge else 128,
-                    eval_num=400 if judge else 256, out=f"{in_world(args)}{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
+                    eval_num=400 if judge else 256, out=f"{out}{args.task}-sft", lora_alpha=args.lora_rank, bf16=has_bf16(),
                     max_new_tokens=256 if args.model == "toy" else 2048)
     defaults["judge_batch"] = 200 if (args.max_new_tokens or defaults["max_new_tokens"]) <= 256 else 16
     for name, value in defaults.items():
@@ -937,10 +938,14 @@ class Judge:
             judge = LocalJudge(args.model, template=args.template and Path(args.template).read_text(),
                                device="cpu" if args.fsdp else ranks.device, dtype=torch.bfloat16 if half else torch.float32)
             self.model, self.processor, self.template = judge.model, judge.processor, judge.templates[Comparison] or TEMPLATE
+            self.score_template = judge.templates[Candidate]
         self.model.set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
         self.modules, self.args, self.device = {"base_model.model.": self.model}, args, ranks.device
         self.records = open_records(args.data, "trace", args.max_steps * args.batch_size * args.accumulation * ranks.world, args.seed,
                                     args.skip_bad)
+        if args.model == "toy":                                                 # asked for scores in the words it is taught with
+            scores = isinstance(self.records, list) and any(record.get("type") == "score" for record in self.records)
+            self.score_template = toy_world().SCORE_INSTRUCTION if scores else None
         self.window = 8 if isinstance(self.records, list) else 1                # by length, toy batches would hold one type of prompt each
 
     def batch(self, indices, step):
@@ -968,6 +973,8 @@ class Judge:
         if ranks.rank == 0:
             self.processor.save_pretrained(folder)
             Path(folder, "template.txt").write_text(self.template)
+            if self.score_template:
+                Path(folder, "score_template.txt").write_text(self.score_template)
 
 
 # ---------------------------------------------------------------- the generator: flow matching
