@@ -92,30 +92,42 @@ def chat_text(processor, messages):
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **thinking)
 
 
+def find_medium(item, folder):
+    """The path of the medium that a record in a file in `folder` names, or its data URL as it is. ValueError: a web address, no such file."""
+    if item.startswith("data:"):
+        return item
+    if "://" in item:
+        raise ValueError(f"{item[:100]} is a URL. Download it and name the file.")
+    if not os.path.exists(Path(folder, item)):
+        raise ValueError(f"{Path(folder, item)} does not exist. Paths are relative to the JSONL file.")
+    return Path(folder, item)
+
+
 def load_media(item, num_frames=8):
-    """A list of PIL images: one for an image (in memory: as it is, and so are lists of frames; a data URL); up to `num_frames`, sampled uniformly, of a GIF, an mp4
-    (or what else `av` reads) or a folder of frames. ValueError names a file that cannot be read."""
+    """A list of PIL images: one of an image file or a data URL; up to `num_frames`, sampled uniformly, of a GIF, an mp4 (or what else `av`
+    reads) or a folder of frames. What is in memory, an image or a list of frames, stays as it is. ValueError names what cannot be read."""
     if isinstance(item, (Image.Image, list)):
         return item if isinstance(item, list) else [item]
-    if str(item).startswith("data:"):
-        try:
-            return [Image.open(io.BytesIO(base64.b64decode(item.partition(",")[2], validate=True))).convert("RGB")]
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{item[:40]}...: not a readable image ({type(error).__name__}). Expected data:image/png;base64,...") from None
     if num_frames < 1:
         raise ValueError(f"num_frames is {num_frames}; expected at least 1")
-    path, kind = Path(item), Path(item).suffix.lower()
-    sample = lambda num: [round(i * (num - 1) / max(min(num, num_frames) - 1, 1)) for i in range(min(num, num_frames))]     # which of num
+
+    def sample(num):                                                            # which of num frames
+        return torch.linspace(0, num - 1, min(num, num_frames), dtype=torch.float64).round().int().tolist()
+
+    text, path, kind = str(item), Path(item), Path(item).suffix.lower()
     try:
-        if path.is_dir():
+        if text.startswith("data:"):
+            text, data = f"{text[:40]}...", base64.b64decode(text.partition(",")[2], validate=True)
+            frames = [Image.open(io.BytesIO(data)).convert("RGB")]
+        elif path.is_dir():
             files = [file for file in path.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
             files.sort(key=lambda file: re.sub(r"\d+", lambda digits: digits[0].zfill(12), file.name))      # 2 before 10
             frames = [Image.open(files[i]).convert("RGB") for i in sample(len(files))]
         elif kind in (".mp4", ".mov", ".mkv", ".webm", ".avi"):
             import av
-            with av.open(str(path)) as video:
+            with av.open(text) as video:
                 wanted = sample(sum(1 for _ in video.decode(video=0)))
-            with av.open(str(path)) as video:
+            with av.open(text) as video:
                 frames = [frame.to_image() for i, frame in enumerate(video.decode(video=0)) if i in wanted]
         else:
             image = Image.open(path)
@@ -124,7 +136,7 @@ def load_media(item, num_frames=8):
     except ImportError:
         raise ValueError(f"{path}: reading videos needs PyAV: pip install av. Or pass a folder of frames") from None
     except (OSError, LookupError, ValueError, EOFError, Image.DecompressionBombError) as error:     # av's errors are of these kinds
-        raise ValueError(f"{path}: not a readable image or video ({error})") from None
+        raise ValueError(f"{text}: not a readable image or video ({error})") from None
     if not frames:
         raise ValueError(f"{path}: no frames (png, jpg or webp) in it")
     return frames
@@ -566,10 +578,10 @@ class ServerJudge:
     """judge(questions) -> texts, by OpenAI-compatible servers: ServerJudge(["http://localhost:8000", ...]); ValueError when none answers.
     `concurrency` requests are in flight, spread over the URLs; temperature 0 and a seed are sent, since servers otherwise sample. What
     takes `timeout` seconds, breaks off or gets a status of 408, 429 or 5xx is tried `retries` times more, at the next URL, after a growing
-    pause; what stays without an answer is a Failure. Without a model the servers are asked for theirs. `extra` is merged into the
-    request, as {"chat_template_kwargs": {"enable_thinking": False}}."""
+    pause; what stays without an answer is a Failure. Without a model the servers are asked for theirs. What else a request should say
+    goes into `body`, as judge.body["chat_template_kwargs"] = {"enable_thinking": False}."""
     def __init__(self, urls, model=None, template=None, score_template=None, concurrency=32, timeout=300.0, retries=4,
-                 max_new_tokens=2048, seed=0, extra=None):
+                 max_new_tokens=2048, seed=0):
         self.urls = [re.sub(r"(/v1)?(/chat/completions)?/*$", "", url) for url in urls]
         self.templates = {Comparison: template, Candidate: score_template}
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
@@ -579,7 +591,7 @@ class ServerJudge:
         model = model or self._ask(0, "/v1/models", ("data", 0, "id"))
         if isinstance(model, Failure):
             raise ValueError(f"no judge answers: {model}. Start one, for example: vllm serve MODEL --port 8000")
-        self.body = {"model": model, "max_tokens": max_new_tokens, "seed": seed, **(extra or {})}
+        self.body = {"model": model, "max_tokens": max_new_tokens, "seed": seed}
 
     def _fetch(self, url, body, timeout, answer):
         """Set the future `answer` to (status, bytes), whatever the status, or to an error. The loopback is never asked through a proxy."""
@@ -625,7 +637,7 @@ class ServerJudge:
         def ask(number):
             (message,), images = chats[number]
             message = {"role": "user", "content": [inlined[id(image)] for image in images] + message["content"][-1:]}
-            seed = {"seed": self.body["seed"] + number} if temperature and self.body.get("seed") is not None else {}    # else all samples are one
+            seed = {"seed": self.body["seed"] + number} if temperature else {}    # else all samples are one
             body = json.dumps({**self.body, **seed, "messages": [message], "temperature": temperature})
             return self._ask(number, "/v1/chat/completions", ("choices", 0, "message", "content"), body.encode())
 
@@ -734,16 +746,16 @@ def accuracy(votes, ties=False):
     return sum(right) / (len(right) or math.nan), interval(sum(right), len(right)), len(right)
 
 
-def evaluate_judge(judge, comparisons, labels, rng, swap=True, types=None):
+def evaluate_judge(judge, comparisons, labels, rng, types=None):
     """How good a judge is on labelled pairs, a dict of shares. labels: 1 or 2, the better candidate, or 0, a tie; types: one per pair.
-    Every pair is shown in a random order from `rng`, the label moving along, and with `swap` in the other order too."""
+    Every pair is shown in a random order from `rng` and then in the other one; winners are turned back, so that they name candidates."""
+    num, turned_back = len(comparisons), {1: 2, 2: 1}
     flipped = [rng.random() < 0.5 for _ in comparisons]
-    orders = flipped + [not flip for flip in flipped] * swap
+    orders = flipped + [not flip for flip in flipped]
     shown = [Comparison(pair.prompt, pair.media_2, pair.media_1) if flip else pair for pair, flip in zip([*comparisons] * 2, orders)]
     verdicts = [parse_verdict(text) for text in judge(shown)]
-    winners = [{1: 2, 2: 1}.get(v.winner, v.winner) if flip else v.winner for v, flip in zip(verdicts, orders)]    # not places, contents
-    first, second = winners[:len(flipped)], winners[len(flipped):]
-    votes, types = list(zip(first, labels)), types or [None] * len(flipped)
+    winners = [turned_back.get(v.winner, v.winner) if flip else v.winner for v, flip in zip(verdicts, orders)]
+    votes, types = list(zip(winners[:num], labels)), types or [None] * num
     mean = lambda values: sum(values) / (len(values) or math.nan)
     diff, tau = accuracy(votes), accuracy(votes, ties=True)
     return {
@@ -751,11 +763,11 @@ def evaluate_judge(judge, comparisons, labels, rng, swap=True, types=None):
         "tau_accuracy": tau[0], "tau_accuracy_95": tau[1],              # the same with ties, right when the judge says tie
         "parse_rate": mean([v.winner is not None and {"A", "B", "C"} <= {c.anchor for c in v.categories} for v in verdicts]),
         "sum10_rate": mean([None not in d[3:] and sum(d[3:]) == 10 for v in verdicts for c in v.categories for d in c.dims]),
-        "swap_consistency": mean([a == b and a is not None for a, b in zip(first, second)]),
+        "swap_consistency": mean([a == b and a is not None for a, b in zip(winners[:num], winners[num:])]),
         "first_position_share": mean([v.winner == 1 for v in verdicts if v.winner]),            # one half without position bias
-        "failures": sum(isinstance(v.text, Failure) for v in verdicts), "num_pairs": len(flipped),
+        "failures": sum(isinstance(v.text, Failure) for v in verdicts), "num_pairs": num,
         "by_type": {kind: accuracy([vote for vote, t in zip(votes, types) if t == kind])[0] for kind in dict.fromkeys(types) if kind},
-        "verdicts": verdicts[:len(flipped)], "flipped": flipped,        # in the random order, and whether that was (2, 1)
+        "verdicts": verdicts[:num], "flipped": flipped,                 # in the random order, and whether that was (2, 1)
     }
 
 
@@ -767,12 +779,10 @@ def read_pairs(path):
         try:
             if line.strip():
                 row = json.loads(line)
-                media = [Path(path).parent / item for item in row.get("videos") or row["images"]]
-                pair = Comparison(instruction(row["prompt"], template="{prompt}"), *media)
-                for file in media:
-                    file.stat()                                                 # raises unless it exists
+                first, second = (find_medium(item, Path(path).parent) for item in row.get("videos") or row["images"])
+                pair = Comparison(instruction(row["prompt"], template="{prompt}"), first, second)
                 rows.append((pair, read_vote(row["winner"]), row.get("type") and str(row["type"])))
-        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f'{path}:{number}: {type(error).__name__}: {error}. '
                              'Expected {"prompt": "...", "images": [first, second], "winner": "Image 1" | "Image 2" | "Tie"}') from None
     if not rows:
