@@ -645,14 +645,13 @@ class ServerJudge:
             return list(tqdm(pool.map(ask, range(len(chats))), desc="judge", total=len(chats), disable=not progress))
 
 
-def open_judge(judge=None, max_new_tokens=2048, **options):
-    """A judge by name: URLs joined by commas, with #MODEL behind them where the server serves several, a folder, a hub id, or the
-    newest judge trained in the current folder."""
+def open_judge(judge=None, max_new_tokens=2048, batch_size=64, concurrency=32, **templates):
+    """A judge by name: URLs joined by commas, with #MODEL behind them where the server serves several, a folder, a hub id, or the newest
+    judge trained in the current folder. A server's has `concurrency` questions in flight, a local one answers `batch_size` at a time."""
     if not re.match("https?://", judge or ""):
-        return LocalJudge(judge or find_judge(), max_new_tokens=max_new_tokens, **options)
+        return LocalJudge(judge or find_judge(), batch_size=batch_size, max_new_tokens=max_new_tokens, **templates)
     urls, _, model = judge.partition("#")
-    options.pop("batch_size", None)
-    return ServerJudge(urls.split(","), model, max_new_tokens=max_new_tokens, **options)
+    return ServerJudge(urls.split(","), model, concurrency=concurrency, max_new_tokens=max_new_tokens, **templates)
 
 
 def find_judge(prefix=""):
