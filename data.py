@@ -225,7 +225,7 @@ def row_of(record, path, number):
             place = item if str(item).startswith("data:") else str(Path(item).resolve())
         media.append(place)
     row = {k: v for k, v in record.items() if k not in ("where", "toy_prompt")}
-    return json.dumps({**row, name: media} if media else row) + "\n"
+    return json.dumps({**row, name: media} if media else row, default=lambda path: str(path.resolve())) + "\n"
 
 
 def write_jsonl(path, records):
@@ -300,7 +300,8 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
         if not all(answer.strip() for answer in answers):
             raise ValueError(f"{record.get('where', 'a record')}: an empty response. Remove the line: there is nothing to learn from it.")
         if token and (texts[-1].count(token) != len(media) or any(token in answer for answer in answers)):
-            raise ValueError(f"{record.get('where', 'a record')}: the text holds the image placeholder {token!r}. Remove it: images are placed by the template.")
+            raise ValueError(f"{record.get('where', 'a record')}: the text holds the image placeholder {token!r}. Remove it: images are placed "
+                             "by the template.")
     batch = dict(processor(text=texts, images=images, return_tensors=None))
     prompts, kinds = batch.pop("input_ids"), batch.pop("mm_token_type_ids", None)           # kinds: 1 at image tokens, where the processor tells
     batch.pop("attention_mask")
@@ -401,7 +402,8 @@ def append_rows(args, records, build):
     options["file"] = f"{source.resolve()} {hashlib.blake2b(source.read_bytes(), digest_size=8).hexdigest()}" if source.is_file() else args.file
     lines = progress.read_bytes().split(b"\n")[:-1] if progress.exists() else []            # what follows the last newline is torn
     if out.exists() and not (lines and args.resume):
-        raise ValueError(f"{out} is there already" + (". Go on with it by --resume, or remove it." if lines else f", without {progress}. Remove it or name another."))
+        fix = ". Go on with it by --resume, or remove it." if lines else f", without {progress}. Remove it or name another."
+        raise ValueError(f"{out} is there already{fix}")
     if lines and args.resume:
         head, *done = map(json.loads, lines)
         if changed := [f"{k} {head.get(k)!r} -> {v!r}" for k, v in options.items() if head.get(k) != v]:
@@ -565,6 +567,24 @@ def best_and_worst(pairs, verdicts, scores, num):
     return ("scores contradict", None, None) if value[best] < value[worst] else (None, best, worst)
 
 
+def pair_of(record, made, pairs, verdicts, scores, *seed):
+    """(case, the record with the best and the worst of its N candidates `made`, texts or lists of frames, or None)."""
+    reason, best, worst = best_and_worst(pairs, verdicts, scores, len(made))
+    if any(isinstance(text, Failure) for text in made):
+        reason = "failure"
+    elif not reason and made[best] == made[worst]:
+        reason = "alike"
+    if reason:
+        return f"dropped: {reason}", None
+    if isinstance(made[best], str):
+        return "kept", {**record, "chosen": made[best], "rejected": made[worst]}
+    if len(made[best]) > 1:
+        pair = {"videos": [made[best], made[worst]], "winner": "Video 1"}
+    else:
+        pair = {"images": made[best] + made[worst], "winner": "Image 1"}
+    return "kept", swap_at_random({**record, **pair}, *seed)
+
+
 def sift(args):
     """Pairs of the best and the worst of N candidates that --model makes for each prompt, or preferences between N answers of a
     vision-language model to each question, as --judge finds. Picture i of a prompt is a function of (--seed, the prompt's number, i)."""
@@ -587,8 +607,9 @@ def sift(args):
             frames = [sum(open_media(record), []) for record in mine]
             made = ask(model, [Candidate(r["instruction"], f) for r, f in zip(mine, frames) for _ in range(N)], args.temperature, args.seed, numbers.start)
         else:
-            made = sample_media(pipe, [record["prompt"] for record in mine for _ in range(N)], [(args.seed, number, i) for number in numbers for i in range(N)],
-                                args.batch_size, **pipe_args)
+            prompts, seeds = [record["prompt"] for record in mine for _ in range(N)], [(args.seed, number, i) for number in numbers for i in range(N)]
+            sources = {"image": [load_media(record["source"])[0] for record in mine for _ in range(N)]} if "source" in mine[0] else {}
+            made = sample_media(pipe, prompts, seeds, args.batch_size, **sources, **pipe_args)
         made = [made[i:i + N] for i in range(0, len(made), N)]                  # (B, N) texts or lists of frames
 
         def question(b, *items):
@@ -599,7 +620,7 @@ def sift(args):
                 return about_texts((SCORE_TEXT, COMPARE_TEXTS)[len(items) - 1], frames[b], criteria=ANSWERING, task=mine[b]["instruction"], **texts)
             return (Candidate, Comparison)[len(items) - 1](mine[b]["prompt"], *shown)
 
-        meets, scores, found = [], [None] * len(mine), []
+        meets, scores = [], [None] * len(mine)
         for number in numbers:
             rng = random.Random(repr((args.seed, number)))
             halves = [(i, i + 1)[::rng.choice((1, -1))] for i in range(0, N - 1, 2)]            # who is shown first is a coin flip
@@ -612,21 +633,7 @@ def sift(args):
             if values.count(None) == len(values):
                 raise ValueError(f"no score in what the judge says, as {texts[0][:200]!r}. With a judge that only compares: --rank-by winrate")
             scores = [values[i:i + N] for i in range(0, len(values), N)]
-        for b, record in enumerate(mine):
-            reason, best, worst = best_and_worst(meets[b], verdicts[b], scores[b], N)
-            if any(isinstance(text, Failure) for text in made[b]):
-                reason = "failure"
-            elif not reason and made[b][best] == made[b][worst]:
-                reason = "alike"
-            if not reason and answers:
-                found.append(("kept", {**record, "chosen": made[b][best], "rejected": made[b][worst]}))
-            elif not reason:
-                media = [made[b][i] if len(made[b][i]) > 1 else made[b][i][0] for i in (best, worst)]
-                name, label = ("videos", "Video 1") if isinstance(media[0], list) else ("images", "Image 1")
-                found.append(("kept", swap_at_random({**record, name: media, "winner": label}, args.seed, numbers[b], "order")))
-            else:
-                found.append((f"dropped: {reason}", None))
-        return found, {}
+        return [pair_of(*found, args.seed, number, "order") for *found, number in zip(mine, made, meets, verdicts, scores, numbers)], {}
     return append_rows(args, records, build)
 
 

@@ -826,6 +826,17 @@ def verdict_html(verdict):
     page += f"<h2>Overall: {_SAID[verdict.winner]}</h2><p>{escape(verdict.reason)}</p>"
     return page + "".join(f'<p class="issue">{escape(issue)}</p>' for issue in verdict.issues)
 
+
+
+def report_html(title, figures, page):
+    """A whole page that needs no network: the title, then a figure for each (caption, images, whether it won), then `page`."""
+    title = html.escape(title)
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>'
+    for caption, images, won in figures:
+        shown = "".join(f'<img src="{data_url(image)}">' for image in images)
+        head += f'<figure class="{"won" * won}"><figcaption>{html.escape(caption)}</figcaption>{shown}</figure>'
+    return head + page
+
 # ------------------------------------------------------------------------------------------------ the commands
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -870,12 +881,7 @@ def main(argv=None):
             text = data if isinstance(data, str) else json.dumps(json.loads(json.dumps(data), parse_constant=lambda name: None))
         print(text.encode(errors="replace").decode())                           # a judge may write half a character
         if args.html and figures:
-            title = html.escape(args.prompt)
-            figures = [f'<figure class="{"won" * won}"><figcaption>{html.escape(caption)}</figcaption>'
-                       + "".join(f'<img src="{data_url(image)}">' for image in images) + "</figure>" for caption, images, won in figures]
-            page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>'
-                    + "".join(figures) + page)
-            Path(args.html).write_bytes(page.encode(errors="replace"))
+            Path(args.html).write_bytes(report_html(args.prompt, figures, page).encode(errors="replace"))
             print(f"report: {args.html}", file=sys.stderr)
     except (ValueError, OSError) as error:
         raise SystemExit(f"reward.py: {error}") from error

@@ -427,6 +427,21 @@ def test_sifted_videos_are_lossless_folders_of_frames(tmp_path, monkeypatch):
         assert red(best) > red(worst)
 
 
+def test_sift_edits_the_source_of_each_prompt(tmp_path, monkeypatch):
+    import sft
+    monkeypatch.setattr(sft, "load_pipeline", lambda *args: None)
+    monkeypatch.setattr(sft, "sample_media", lambda pipe, prompts, seeds, size, image: [[Image.new("RGB", (16, 16), (seed[2], source.getpixel((0, 0))[0], 0))]
+                                                                                       for seed, source in zip(seeds, image, strict=True)])
+    use_judges(monkeypatch, red=red_judge)
+    for i in range(2):
+        Image.new("RGB", (16, 16), (100 + i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": "p", "source": f"{i}.png"}) for i in range(2)))
+    data.main(["sift", str(tmp_path / "p.jsonl"), "--model", "m", "--judge", "red", "--num-candidates", "2", "--rank-by", "winrate", "--out", str(tmp_path / "o.jsonl")])
+    found = data.read_records(tmp_path / "o.jsonl", "pair")
+    assert [record["source"] for record in found] == [tmp_path / f"{i}.png" for i in range(2)]
+    assert [[Image.open(m).getpixel((0, 0))[1] for m in record["images"]] for record in found] == [[100] * 2, [101] * 2]
+
+
 def test_sift_answers_of_a_vision_language_model(tmp_path, monkeypatch, capsys):
     """The longer answer is better; questions may be ours, ShareGPT's or TRL's."""
     Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
