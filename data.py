@@ -35,8 +35,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from reward import (Candidate, Comparison, Failure, build_messages, chat_text, find_judge, instruction, load_media, load_processor, open_judge, parse_score,
-                    parse_verdict, schedule_pairs, win_rates)
+from reward import (Candidate, Comparison, Failure, build_messages, chat_text, find_judge, find_medium, instruction, load_media, load_processor, open_judge,
+                    parse_score, parse_verdict, schedule_pairs, win_rates)
 
 FIELDS = {"preference": ["chosen", "rejected"], "trace": ["response"], "pair": ["winner"], "question": ["instruction"], "image": ["images"], "prompt": []}
 TOYS = {"toy": "image", "toy-video": "video"}        # a source of records -> the world they are of
@@ -100,23 +100,27 @@ def normalise(record):
     return {**record, "instruction": text}
 
 
+def medium_of(record):
+    """The name of the field that holds its media."""
+    return "videos" if "videos" in record else "images"
+
+
 def kind_of(record):
     """The kind of a normalised record: the first of FIELDS whose fields it has."""
     return next(kind for kind, names in FIELDS.items() if record.keys() >= {*names} or kind == "image" and "videos" in record)
 
 
-def check_record(record, kind, where, folder=Path()):
-    """The normalised record with absolute media paths, of whatever kind it is where that is None; ValueError names the place, what was seen
-    and the fix."""
+def check_record(record, kind, folder=Path()):
+    """The record normalised, with absolute media paths, of whatever kind it is where that is None. ValueError: what was seen and the fix."""
     def expect(ok, what, fix):
         if not ok:
-            raise ValueError(f"{where}: {what}. {fix}")
+            raise ValueError(f"{what}. {fix}")
 
     expect(isinstance(record, dict), f"a {type(record).__name__}", "Expected one JSON object a line.")
     try:
         record = normalise(record)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: {error if type(error) is ValueError else f'a record of no known form ({error!r}).'}") from None
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"a record of no known form ({error!r}).") from None
     kind = kind or kind_of(record)
     asked = "instruction" if "instruction" in record or kind == "question" else "prompt"
     for name in [asked] + [f for f in FIELDS[kind] if f in ("response", "chosen", "rejected")]:
@@ -127,26 +131,22 @@ def check_record(record, kind, where, folder=Path()):
     if kind == "preference":
         expect(record["chosen"] != record["rejected"], "'chosen' equals 'rejected'", "Drop the line: it prefers nothing.")
     if kind != "prompt":
-        name = "videos" if "videos" in record else "images"
+        name = medium_of(record)
         media, want = record.get(name), 1 if kind == "image" else None if asked == "instruction" else 2
         expect(isinstance(media, list) and media and all(isinstance(m, str) for m in media), f"'{name}' is {str(media)[:100]}", "Expected a list of paths.")
         expect(want in (None, len(media)), f"'{name}' holds {len(media)} paths", f"A {kind} record needs {want}.")
         places = len(PLACE.findall(record[asked])) if want is None else 0
         expect(places in (0, len(media) * (kind != "question")), f"{places} of <image> and <video> in the text, but {len(media)} media",
                "Each medium has its place, or none has; those of a question to be sifted come before the text.")
-        for m in media:
-            expect(m.startswith("data:") or "://" not in m, f"{m[:100]} is a URL", "Download it and name the file.")
-            expect(m.startswith("data:") or (folder / m).exists(), f"{folder / m} does not exist", "Paths are relative to the JSONL file.")
-        record[name] = [m if m.startswith("data:") else folder / m for m in media]
+        record[name] = [find_medium(m, folder) for m in media]
     if isinstance(record.get("source"), str):
-        record["source"] = folder / record["source"]
-        expect(record["source"].exists(), f"{record['source']} does not exist", "Paths are relative to the JSONL file.")
-    return {**record, "where": where}
+        record["source"] = find_medium(record["source"], folder)
+    return record
 
 
 def read_records(path, kind, skip_bad=False):
     """All records of a JSONL file (for prompts a text file or a CSV with a column "prompt" too), checked; kind None: each as the kind it is.
-    `skip_bad` drops bad lines and prints how many."""
+    "where" in a record is its file and line. ValueError names the first bad line; `skip_bad` drops bad lines and prints how many."""
     path, records, bad = Path(path), [], []
     if not path.exists():
         raise ValueError(f"{path} does not exist. Give a JSONL file, or 'toy' for the built-in toy world.")
@@ -154,19 +154,16 @@ def read_records(path, kind, skip_bad=False):
     with open(path, newline="" if table else None) as file:
         lines = [*csv.DictReader(file)] if table else file.read().split("\n")
     for number, line in enumerate(lines, 1 + table):
-        where = f"{path}:{number}"
         if not table and not line.strip():
             continue
         try:
-            try:
-                record = line if table else {"prompt": line} if path.suffix == ".txt" else json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error}). Each line holds one whole JSON object.") from None
-            records.append(check_record(record, kind, where, path.parent))
+            record = line if table else {"prompt": line} if path.suffix == ".txt" else json.loads(line)
+            records.append({**check_record(record, kind, path.parent), "where": f"{path}:{number}"})
         except ValueError as error:
+            what = f"not JSON ({error}). Each line holds one whole JSON object." if isinstance(error, json.JSONDecodeError) else error
+            bad.append(f"{path}:{number}: {what}")
             if not skip_bad:
-                raise ValueError(f"{error} Fix the line or pass --skip-bad.") from None
-            bad.append(error)
+                raise ValueError(f"{bad[0]} Fix the line or pass --skip-bad.") from None
     if bad:
         print(f"{path}: {len(bad)} bad lines skipped, the first: {bad[0]}", file=sys.stderr)
     if not records:
@@ -180,12 +177,11 @@ def toy_world(world="image"):
     return importlib.import_module({"image": "toy_world", "video": "toy_video"}[world])
 
 
-def in_world(args):
-    """The beginning of a stage's folders in the toy world of `--world`, whose records `toy` in the options is made to mean."""
-    for name in ("data", "eval_data"):
-        source = getattr(args, name)
-        setattr(args, name, "toy-video" + source[3:] if args.world == "video" and source.split(":")[0] == "toy" else source)
-    return "out/video-" if args.world == "video" else "out/"
+def in_world(world, *sources):
+    """(the beginning of the stages' folders, *sources) in a toy world, "image" or "video": there `toy` is the name of its own records."""
+    if world == "image":
+        return "out/", *sources
+    return "out/video-", *("toy-video" + source[3:] if source.split(":")[0] == "toy" else source for source in sources)
 
 
 def toy_models():
@@ -213,19 +209,23 @@ def open_records(source, kind, num=None, seed=0, skip_bad=False):
 def row_of(record, path, number):
     """The record as a line of the JSONL file `path`. Media in memory go to images/ or videos/ beside it: an image as a PNG named by file and
     `number`, the list of a video's frames as a folder of PNGs. Paths are made absolute."""
-    name, media = "videos" if "videos" in record else "images", []
+    name, media = medium_of(record), []
     for k, item in enumerate(record.get(name, []), 1):
-        stem = f"{name}/{path.stem}_{number:06d}_{k}"
-        frames = [item] if isinstance(item, Image.Image) else item if isinstance(item, list) else []
+        place = f"{name}/{path.stem}_{number:06d}_{k}"
+        (path.parent / name).mkdir(parents=True, exist_ok=True)
         if isinstance(item, list):
-            shutil.rmtree(path.parent / stem, ignore_errors=True)
-        for i, frame in enumerate(frames):
-            file = path.parent / (f"{stem}/{i:04d}.png" if isinstance(item, list) else f"{stem}.png")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            frame.save(file)
-        media.append(f"{stem}{'' if isinstance(item, list) else '.png'}" if frames else item if str(item).startswith("data:") else str(Path(item).resolve()))
+            shutil.rmtree(path.parent / place, ignore_errors=True)
+            (path.parent / place).mkdir()
+            for i, frame in enumerate(item):
+                frame.save(path.parent / place / f"{i:04d}.png")
+        elif isinstance(item, Image.Image):
+            place += ".png"
+            item.save(path.parent / place)
+        else:
+            place = item if str(item).startswith("data:") else str(Path(item).resolve())
+        media.append(place)
     row = {k: v for k, v in record.items() if k not in ("where", "toy_prompt")}
-    return json.dumps({**row, name: media} if media else row) + "\n"
+    return json.dumps({**row, name: media} if media else row, default=lambda path: str(path.resolve())) + "\n"
 
 
 def write_jsonl(path, records):
@@ -237,9 +237,14 @@ def write_jsonl(path, records):
     os.replace(aside, path)
 
 
+def open_media(record):
+    """The media of a record, in memory: lists of PIL images."""
+    return [load_media(m) for m in record[medium_of(record)]]
+
+
 def comparison(record, swap=False):
     """The record as a judge sees it; `swap` shows the second image first."""
-    media = [load_media(m) for m in record.get("videos") or record["images"]]
+    media = open_media(record)
     return Comparison(record.get("prompt", ""), *(media[::-1] if swap else media))
 
 
@@ -264,6 +269,19 @@ def batch_indices(records, batch_size, step, seed, window=1):
     return out[places[place] * batch_size:][:batch_size]
 
 
+def record_messages(record, template=None):
+    """(messages, images) of what a record asks, as reward.build_messages: about its prompt, or its instruction, with media where it has them."""
+    if "instruction" not in record:
+        return build_messages(comparison(record), template)
+    shown, parts = open_media(record), PLACE.split(record["instruction"])
+    if len(parts) == 1:                              # no places: all media come first
+        parts = [""] * len(shown) + parts
+    content = []
+    for part, frames in zip(parts, [*shown, []]):
+        content += [{"type": "text", "text": part}] * bool(part) + [{"type": "image"} for _ in frames]
+    return [{"role": "user", "content": content}], sum(shown, [])
+
+
 def encode(processor, records, responses, template=None, max_tokens=8192):
     """A right-padded batch on the CPU: input_ids, attention_mask, labels (B, T) and whatever the processor makes of the images.
 
@@ -272,50 +290,45 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
     Nothing is ever truncated: a record with more than `max_tokens` tokens, an empty response, or a text that holds the image
     placeholder itself is a ValueError that names its line.
     """
-    tokenizer, texts, images = processor.tokenizer, [], []
-    for record, response in zip(records, responses):
-        where = record.get("where", "a record")
-        if "instruction" in record:
-            shown = [load_media(m) for m in record.get("videos") or record["images"]]
-            parts, media, content = PLACE.split(record["instruction"]), sum(shown, []), []
-            for part, frames in zip(parts if len(parts) > 1 else [""] * len(shown) + parts, [*shown, []]):
-                content += [{"type": "text", "text": part}] * bool(part) + [{"type": "image"} for _ in frames]
-            messages = [{"role": "user", "content": content}]
-        else:
-            messages, media = build_messages(comparison(record), template)
+    several = not all(isinstance(response, str) for response in responses)
+    responses = [(response,) if isinstance(response, str) else response for response in responses]
+    token, texts, images = getattr(processor, "image_token", None), [], []
+    for record, answers in zip(records, responses):
+        messages, media = record_messages(record, template)
         texts.append(chat_text(processor, messages))
         images.append(media)
-        token = getattr(processor, "image_token", None)
-        answers = (response,) if isinstance(response, str) else response
         if not all(answer.strip() for answer in answers):
-            raise ValueError(f"{where}: an empty response. Remove the line: there is nothing to learn from it.")
+            raise ValueError(f"{record.get('where', 'a record')}: an empty response. Remove the line: there is nothing to learn from it.")
         if token and (texts[-1].count(token) != len(media) or any(token in answer for answer in answers)):
-            raise ValueError(f"{where}: the text holds the image placeholder {token!r}. Remove it: images are placed by the template.")
+            raise ValueError(f"{record.get('where', 'a record')}: the text holds the image placeholder {token!r}. Remove it: images are placed "
+                             "by the template.")
     batch = dict(processor(text=texts, images=images, return_tensors=None))
-    kinds = batch.pop("mm_token_type_ids", None)     # 1 at image tokens, where the processor tells
+    prompts, kinds = batch.pop("input_ids"), batch.pop("mm_token_type_ids", None)           # kinds: 1 at image tokens, where the processor tells
     batch.pop("attention_mask")
-    rows, segments = [], []                          # (prompt, responses) in tokens; the number of the response each token is in
-    for record, prompt, response in zip(records, batch.pop("input_ids"), responses):
-        answers = [tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-                   for answer in ((response,) if isinstance(response, str) else response)]
-        rows.append((list(prompt), sum(answers, [])))
-        segments.append([0] * len(prompt) + [k for k, answer in enumerate(answers, 1) for _ in answer])
-        if len(segments[-1]) > max_tokens:
-            raise ValueError(f"{record.get('where', 'a record')}: {len(prompt)} + {len(rows[-1][1])} tokens, more than --max-tokens "
+    targets, segments = [], []                       # of each token of the responses: itself, the number of the response it is in
+    for record, prompt, answers in zip(records, prompts, responses):
+        tokens = [processor.tokenizer(answer + processor.tokenizer.eos_token, add_special_tokens=False)["input_ids"] for answer in answers]
+        targets.append(sum(tokens, []))
+        segments.append([k for k, answer in enumerate(tokens, 1) for _ in answer])
+        if len(prompt) + len(targets[-1]) > max_tokens:
+            raise ValueError(f"{record.get('where', 'a record')}: {len(prompt)} + {len(targets[-1])} tokens, more than --max-tokens "
                              f"{max_tokens}. Use smaller images, a shorter response, or raise the limit.")
-    longest = max(map(len, segments))
+    longest = max(len(p) + len(t) for p, t in zip(prompts, targets))
 
-    def pad(parts, value):                           # (B, T)
-        return torch.tensor([part + [value] * (longest - len(part)) for part in parts])
+    def pad(heads, tails, value):                    # (B, T)
+        return torch.tensor([[*head, *tail] + [value] * (longest - len(head) - len(tail)) for head, tail in zip(heads, tails)])
+
+    def all_of(value, lists):
+        return [[value] * len(some) for some in lists]
 
     out = {k: torch.cat(v) if isinstance(v, list) and torch.is_tensor(v[0]) else torch.as_tensor(np.asarray(v)) for k, v in batch.items()}
-    out["input_ids"] = pad([p + t for p, t in rows], tokenizer.pad_token_id)
-    out["attention_mask"] = pad([[1] * len(p + t) for p, t in rows], 0)
-    out["labels"] = pad([[-100] * len(p) + t for p, t in rows], -100)
-    if not all(isinstance(response, str) for response in responses):
-        out["segments"] = pad(segments, 0)
+    out["input_ids"] = pad(prompts, targets, processor.tokenizer.pad_token_id)
+    out["attention_mask"] = pad(all_of(1, prompts), all_of(1, targets), 0)
+    out["labels"] = pad(all_of(-100, prompts), targets, -100)
+    if several:
+        out["segments"] = pad(all_of(0, prompts), segments, 0)
     if kinds is not None:
-        out["mm_token_type_ids"] = pad([list(k) + [0] * len(t) for k, (_, t) in zip(kinds, rows)], 0)
+        out["mm_token_type_ids"] = pad(kinds, all_of(0, targets), 0)
     return out
 
 
@@ -352,9 +365,8 @@ def about_texts(template, frames, **texts):
 
 def open_model(args, name, **templates):
     """The judge by name under the options of the command line."""
-    judge = open_judge(name, args.max_new_tokens, batch_size=args.judge_batch, **{"template": args.template and Path(args.template).read_text(), **templates})
-    judge.concurrency = args.concurrency
-    return judge
+    templates = {"template": args.template and Path(args.template).read_text(), **templates}
+    return open_judge(name, args.max_new_tokens, args.judge_batch, args.concurrency, **templates)
 
 
 def ask(judge, questions, temperature, *seed, again=False):
@@ -368,16 +380,11 @@ def ask(judge, questions, temperature, *seed, again=False):
     return texts
 
 
-def line_of(record, number):
-    """The number of the record's line in its file, of a record in memory its own."""
-    return int(record["where"].rpartition(":")[2]) if "where" in record else number
-
-
 def swap_at_random(record, *seed):
     """The record with its two media in a random order, a function of `seed`, and the label moved along."""
     if random.Random(repr(seed)).random() < .5:
         return record
-    name = "videos" if "videos" in record else "images"
+    name = medium_of(record)
     toy = {"toy": {**record["toy"], "swapped": not record["toy"]["swapped"]}} if "toy" in record else {}
     return {**record, **toy, name: record[name][::-1], "winner": record["winner"].translate({ord("1"): "2", ord("2"): "1"})}
 
@@ -395,7 +402,8 @@ def append_rows(args, records, build):
     options["file"] = f"{source.resolve()} {hashlib.blake2b(source.read_bytes(), digest_size=8).hexdigest()}" if source.is_file() else args.file
     lines = progress.read_bytes().split(b"\n")[:-1] if progress.exists() else []            # what follows the last newline is torn
     if out.exists() and not (lines and args.resume):
-        raise ValueError(f"{out} is there already" + (". Go on with it by --resume, or remove it." if lines else f", without {progress}. Remove it or name another."))
+        fix = ". Go on with it by --resume, or remove it." if lines else f", without {progress}. Remove it or name another."
+        raise ValueError(f"{out} is there already{fix}")
     if lines and args.resume:
         head, *done = map(json.loads, lines)
         if changed := [f"{k} {head.get(k)!r} -> {v!r}" for k, v in options.items() if head.get(k) != v]:
@@ -447,7 +455,7 @@ def distill(args):
     teacher = toy_world().teacher if toy else open_model(args, args.teacher)
 
     def build(numbers):
-        shown = [swap_at_random(pairs[i], args.seed, line_of(pairs[i], i)) for i in numbers]
+        shown = [swap_at_random(pairs[i], args.seed, i) for i in numbers]
         questions, found = shown if toy else [comparison(pair) for pair in shown], [("", None)] * len(shown)
         for attempt in range(args.tries):
             left = [k for k, (_, record) in enumerate(found) if not record]
@@ -499,9 +507,8 @@ def rank_pairs(pairs, sample, num_traces, prefer=None):
                      (f"dropped: {case}{', alike' * (case == 'all right')}", None))
 
     def question(record, first, second):
-        frames = [frame for m in record.get("videos") or record["images"] for frame in load_media(m)]
         task = f"Two candidates were generated for a prompt. Judge which serves it better, by categories, with reasons and scores. Prompt: {record['prompt']}"
-        return about_texts(COMPARE_TEXTS, frames, criteria=REASONING, task=task, first=record[first], second=record[second])
+        return about_texts(COMPARE_TEXTS, sum(open_media(record), []), criteria=REASONING, task=task, first=record[first], second=record[second])
 
     asked = [question(found[i][1], *order) for order in (("chosen", "rejected"), ("rejected", "chosen")) for i in rivals]
     winners = [parse_verdict(text).winner for text in prefer(asked)] if rivals else []
@@ -560,9 +567,27 @@ def best_and_worst(pairs, verdicts, scores, num):
     return ("scores contradict", None, None) if value[best] < value[worst] else (None, best, worst)
 
 
+def pair_of(record, made, pairs, verdicts, scores, *seed):
+    """(case, the record with the best and the worst of its N candidates `made`, texts or lists of frames, or None)."""
+    reason, best, worst = best_and_worst(pairs, verdicts, scores, len(made))
+    if any(isinstance(text, Failure) for text in made):
+        reason = "failure"
+    elif not reason and made[best] == made[worst]:
+        reason = "alike"
+    if reason:
+        return f"dropped: {reason}", None
+    if isinstance(made[best], str):
+        return "kept", {**record, "chosen": made[best], "rejected": made[worst]}
+    if len(made[best]) > 1:
+        pair = {"videos": [made[best], made[worst]], "winner": "Video 1"}
+    else:
+        pair = {"images": made[best] + made[worst], "winner": "Image 1"}
+    return "kept", swap_at_random({**record, **pair}, *seed)
+
+
 def sift(args):
     """Pairs of the best and the worst of N candidates that --model makes for each prompt, or preferences between N answers of a
-    vision-language model to each question, as --judge finds. Picture i of a prompt is a function of (--seed, the prompt's line, i)."""
+    vision-language model to each question, as --judge finds. Picture i of a prompt is a function of (--seed, the prompt's number, i)."""
     first = open(args.file).readline() if Path(args.file).is_file() else ""
     answers = bool(re.search(r'"(question|instruction|conversations|messages)" *:', first))
     records, N = open_records(args.file, "question" if answers else "prompt", args.num, args.seed, args.skip_bad), args.num_candidates
@@ -577,13 +602,14 @@ def sift(args):
         pipe = load_pipeline(args.model, device, torch.bfloat16 if device.type == "cuda" and has_bf16() else torch.float32)
 
     def build(numbers):
-        mine, lines = [records[i] for i in numbers], [line_of(records[i], i) for i in numbers]
+        mine = [records[i] for i in numbers]
         if answers:
-            frames = [[frame for m in record.get("videos") or record["images"] for frame in load_media(m)] for record in mine]
+            frames = [sum(open_media(record), []) for record in mine]
             made = ask(model, [Candidate(r["instruction"], f) for r, f in zip(mine, frames) for _ in range(N)], args.temperature, args.seed, numbers.start)
         else:
-            made = sample_media(pipe, [record["prompt"] for record in mine for _ in range(N)], [(args.seed, line, i) for line in lines for i in range(N)],
-                                args.batch_size, **pipe_args)
+            prompts, seeds = [record["prompt"] for record in mine for _ in range(N)], [(args.seed, number, i) for number in numbers for i in range(N)]
+            sources = {"image": [load_media(record["source"])[0] for record in mine for _ in range(N)]} if "source" in mine[0] else {}
+            made = sample_media(pipe, prompts, seeds, args.batch_size, **sources, **pipe_args)
         made = [made[i:i + N] for i in range(0, len(made), N)]                  # (B, N) texts or lists of frames
 
         def question(b, *items):
@@ -594,9 +620,9 @@ def sift(args):
                 return about_texts((SCORE_TEXT, COMPARE_TEXTS)[len(items) - 1], frames[b], criteria=ANSWERING, task=mine[b]["instruction"], **texts)
             return (Candidate, Comparison)[len(items) - 1](mine[b]["prompt"], *shown)
 
-        meets, scores, found = [], [None] * len(mine), []
-        for line in lines:
-            rng = random.Random(repr((args.seed, line)))
+        meets, scores = [], [None] * len(mine)
+        for number in numbers:
+            rng = random.Random(repr((args.seed, number)))
             halves = [(i, i + 1)[::rng.choice((1, -1))] for i in range(0, N - 1, 2)]            # who is shown first is a coin flip
             meets.append(halves if args.rank_by == "score" else schedule_pairs(N, args.pairs, rng))
         texts = iter(ask(judge, [question(b, *pair) for b, pairs in enumerate(meets) for pair in pairs], 0, args.seed, numbers.start))
@@ -607,21 +633,7 @@ def sift(args):
             if values.count(None) == len(values):
                 raise ValueError(f"no score in what the judge says, as {texts[0][:200]!r}. With a judge that only compares: --rank-by winrate")
             scores = [values[i:i + N] for i in range(0, len(values), N)]
-        for b, record in enumerate(mine):
-            reason, best, worst = best_and_worst(meets[b], verdicts[b], scores[b], N)
-            if any(isinstance(text, Failure) for text in made[b]):
-                reason = "failure"
-            elif not reason and made[b][best] == made[b][worst]:
-                reason = "alike"
-            if not reason and answers:
-                found.append(("kept", {**record, "chosen": made[b][best], "rejected": made[b][worst]}))
-            elif not reason:
-                media = [made[b][i] if len(made[b][i]) > 1 else made[b][i][0] for i in (best, worst)]
-                name, label = ("videos", "Video 1") if isinstance(media[0], list) else ("images", "Image 1")
-                found.append(("kept", swap_at_random({**record, name: media, "winner": label}, args.seed, lines[b], "order")))
-            else:
-                found.append((f"dropped: {reason}", None))
-        return found, {}
+        return [pair_of(*found, args.seed, number, "order") for *found, number in zip(mine, made, meets, verdicts, scores, numbers)], {}
     return append_rows(args, records, build)
 
 
@@ -633,10 +645,10 @@ def check(args):
     tokenizer = load_processor(args.model).tokenizer if args.model else None
     lengths, media = {}, Counter()
     for record in tqdm(records, desc="check"):
-        name = "videos" if "videos" in record else "images"
-        media[f"{len(record.get(name, []))} {name}"] += 1
+        found = record.get(medium_of(record), [])
+        media[f"{len(found)} {medium_of(record)}"] += 1
         try:
-            [load_media(m, 1) for m in record.get(name, [])]
+            [load_media(m, 1) for m in found]
         except ValueError as error:
             raise ValueError(f"{record['where']}: {error}") from None
         for key in ("response", "chosen", "rejected"):

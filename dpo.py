@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import (TOYS, WINNERS, batch_indices, build_preferences, comparison, encode, in_world, know_toy_classes, open_records, read_records, toy_world,
                   write_jsonl)
-from reward import Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
+from reward import Candidate, Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
 # toolbox and driver from sft.py; paste those blocks here to stand alone
 from sft import (Log, adapters_off, denoisers, draw_before_after, draw_curves, draw_verdict, encode_media, enter, frozen_dtype, gather, generator, has_bf16,
                  load_checkpoint, load_pipeline, make_optimizers, need, optimizer_step, peak_gib, pipe_arg, predict, prediction_type, prepare_training,
@@ -95,7 +95,7 @@ def parse_args(argv=None):
     if not judge and (args.adapter or args.precompute_ref):
         parser.error("--adapter and --precompute-ref are for judges: a generator is asked at new noise levels in every step")
     args.data = args.data or ("toy" if judge else "out/sift/pairs.jsonl")
-    out = in_world(args)
+    out, args.data, args.eval_data = in_world(args.world, args.data, args.eval_data)
     defaults = dict(model=f"{out}{args.task}-sft/model", out=f"{out}{args.task}-dpo",
                     eval_num=400 if judge else 1024, lora_rank=16 if judge else 32, beta=.3 if judge else 50, lr=3e-4 if judge else 1e-3,
                     max_steps=60 if judge else 200, batch_size=16 if judge else 32, bf16=has_bf16(),
@@ -206,6 +206,7 @@ class Judge:
         lora = args.lora_rank or args.adapter
         judge = LocalJudge(args.model, template=template, device="cpu" if args.fsdp else ranks.device, dtype=frozen_dtype(ranks, args.bf16, lora))
         self.model, self.processor, self.template = judge.model, judge.processor, judge.templates[Comparison] or TEMPLATE
+        self.score_template = judge.templates[Candidate]
         self.model.set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
         self.share = can_share_prompt(self.model) if args.share_prompt is None else args.share_prompt
         self.modules, self.reference, self.table = {"base_model.model.": self.model}, self.model, None
@@ -265,7 +266,7 @@ class Judge:
         return after
 
     def save(self, folder):
-        save_judge(folder, self.model, self.processor, self.template)
+        save_judge(folder, self.model, self.processor, self.template, self.score_template)
 
 
 # ---------------------------------------------------------------- the generator: denoising errors of two samples

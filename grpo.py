@@ -96,7 +96,7 @@ def parse_args(argv=None):
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
-    out = in_world(args)
+    out, args.data, args.eval_data = in_world(args.world, args.data, args.eval_data)
     args.model, args.out = args.model or f"{out}generator-sft/model", args.out or f"{out}grpo"
     args.max_steps = args.max_steps or (64 if args.world == "image" else 40)
     args.judge_batch = args.judge_batch or (200 if args.max_new_tokens <= 256 else 16)

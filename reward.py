@@ -92,30 +92,42 @@ def chat_text(processor, messages):
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **thinking)
 
 
+def find_medium(item, folder):
+    """The path of the medium that a record in a file in `folder` names, or its data URL as it is. ValueError: a web address, no such file."""
+    if item.startswith("data:"):
+        return item
+    if "://" in item:
+        raise ValueError(f"{item[:100]} is a URL. Download it and name the file.")
+    if not os.path.exists(Path(folder, item)):
+        raise ValueError(f"{Path(folder, item)} does not exist. Paths are relative to the JSONL file.")
+    return Path(folder, item)
+
+
 def load_media(item, num_frames=8):
-    """A list of PIL images: one for an image (in memory: as it is, and so are lists of frames; a data URL); up to `num_frames`, sampled uniformly, of a GIF, an mp4
-    (or what else `av` reads) or a folder of frames. ValueError names a file that cannot be read."""
+    """A list of PIL images: one of an image file or a data URL; up to `num_frames`, sampled uniformly, of a GIF, an mp4 (or what else `av`
+    reads) or a folder of frames. What is in memory, an image or a list of frames, stays as it is. ValueError names what cannot be read."""
     if isinstance(item, (Image.Image, list)):
         return item if isinstance(item, list) else [item]
-    if str(item).startswith("data:"):
-        try:
-            return [Image.open(io.BytesIO(base64.b64decode(item.partition(",")[2], validate=True))).convert("RGB")]
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{item[:40]}...: not a readable image ({type(error).__name__}). Expected data:image/png;base64,...") from None
     if num_frames < 1:
         raise ValueError(f"num_frames is {num_frames}; expected at least 1")
-    path, kind = Path(item), Path(item).suffix.lower()
-    sample = lambda num: [round(i * (num - 1) / max(min(num, num_frames) - 1, 1)) for i in range(min(num, num_frames))]     # which of num
+
+    def sample(num):                                                            # which of num frames
+        return torch.linspace(0, num - 1, min(num, num_frames), dtype=torch.float64).round().int().tolist()
+
+    text, path, kind = str(item), Path(item), Path(item).suffix.lower()
     try:
-        if path.is_dir():
+        if text.startswith("data:"):
+            text, data = f"{text[:40]}...", base64.b64decode(text.partition(",")[2], validate=True)
+            frames = [Image.open(io.BytesIO(data)).convert("RGB")]
+        elif path.is_dir():
             files = [file for file in path.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
             files.sort(key=lambda file: re.sub(r"\d+", lambda digits: digits[0].zfill(12), file.name))      # 2 before 10
             frames = [Image.open(files[i]).convert("RGB") for i in sample(len(files))]
         elif kind in (".mp4", ".mov", ".mkv", ".webm", ".avi"):
             import av
-            with av.open(str(path)) as video:
+            with av.open(text) as video:
                 wanted = sample(sum(1 for _ in video.decode(video=0)))
-            with av.open(str(path)) as video:
+            with av.open(text) as video:
                 frames = [frame.to_image() for i, frame in enumerate(video.decode(video=0)) if i in wanted]
         else:
             image = Image.open(path)
@@ -124,7 +136,7 @@ def load_media(item, num_frames=8):
     except ImportError:
         raise ValueError(f"{path}: reading videos needs PyAV: pip install av. Or pass a folder of frames") from None
     except (OSError, LookupError, ValueError, EOFError, Image.DecompressionBombError) as error:     # av's errors are of these kinds
-        raise ValueError(f"{path}: not a readable image or video ({error})") from None
+        raise ValueError(f"{text}: not a readable image or video ({error})") from None
     if not frames:
         raise ValueError(f"{path}: no frames (png, jpg or webp) in it")
     return frames
@@ -511,8 +523,9 @@ def roomy_cache(config):
 
 class LocalJudge:
     """judge(questions) -> texts, by a transformers model: LocalJudge(path), or LocalJudge(model=, processor=) for one in memory.
-    template=None reads `template.txt` in the folder (sft.py writes it: the wording that a judge was trained on) and else takes TEMPLATE;
-    score_template is the wording for Candidates. The default device is the GPU, else the CPU, the default dtype there bfloat16 or float32."""
+    The wording that a judge was trained on lies beside its weights, as sft.py leaves it: where template is None, `template.txt` is read, else
+    TEMPLATE is taken; score_template, `score_template.txt` and SCORE_TEMPLATE are the same for Candidates. The default device is the GPU,
+    else the CPU, the default dtype there bfloat16 or float32."""
     def __init__(self, path=None, *, model=None, processor=None, template=None, score_template=None, device=None, dtype=None,
                  batch_size=64, max_new_tokens=2048):
         if (path is None) == (model is None) or (model is not None and processor is None):
@@ -524,8 +537,8 @@ class LocalJudge:
             model, processor = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device), load_processor(path)
             if device.type == "cpu":
                 model.set_attn_implementation("eager")      # faster there, token by token
-            if template is None and Path(path, "template.txt").is_file():
-                template = Path(path, "template.txt").read_text(encoding="utf-8")
+            stored = {file.name: file.read_text(encoding="utf-8") for file in Path(path).glob("*template.txt")}
+            template, score_template = template or stored.get("template.txt"), score_template or stored.get("score_template.txt")
         self.model, self.processor = model, processor
         self.templates = {Comparison: template, Candidate: score_template}
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
@@ -565,10 +578,10 @@ class ServerJudge:
     """judge(questions) -> texts, by OpenAI-compatible servers: ServerJudge(["http://localhost:8000", ...]); ValueError when none answers.
     `concurrency` requests are in flight, spread over the URLs; temperature 0 and a seed are sent, since servers otherwise sample. What
     takes `timeout` seconds, breaks off or gets a status of 408, 429 or 5xx is tried `retries` times more, at the next URL, after a growing
-    pause; what stays without an answer is a Failure. Without a model the servers are asked for theirs. `extra` is merged into the
-    request, as {"chat_template_kwargs": {"enable_thinking": False}}."""
+    pause; what stays without an answer is a Failure. Without a model the servers are asked for theirs. What else a request should say
+    goes into `body`, as judge.body["chat_template_kwargs"] = {"enable_thinking": False}."""
     def __init__(self, urls, model=None, template=None, score_template=None, concurrency=32, timeout=300.0, retries=4,
-                 max_new_tokens=2048, seed=0, extra=None):
+                 max_new_tokens=2048, seed=0):
         self.urls = [re.sub(r"(/v1)?(/chat/completions)?/*$", "", url) for url in urls]
         self.templates = {Comparison: template, Candidate: score_template}
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
@@ -578,7 +591,7 @@ class ServerJudge:
         model = model or self._ask(0, "/v1/models", ("data", 0, "id"))
         if isinstance(model, Failure):
             raise ValueError(f"no judge answers: {model}. Start one, for example: vllm serve MODEL --port 8000")
-        self.body = {"model": model, "max_tokens": max_new_tokens, "seed": seed, **(extra or {})}
+        self.body = {"model": model, "max_tokens": max_new_tokens, "seed": seed}
 
     def _fetch(self, url, body, timeout, answer):
         """Set the future `answer` to (status, bytes), whatever the status, or to an error. The loopback is never asked through a proxy."""
@@ -624,7 +637,7 @@ class ServerJudge:
         def ask(number):
             (message,), images = chats[number]
             message = {"role": "user", "content": [inlined[id(image)] for image in images] + message["content"][-1:]}
-            seed = {"seed": self.body["seed"] + number} if temperature and self.body.get("seed") is not None else {}    # else all samples are one
+            seed = {"seed": self.body["seed"] + number} if temperature else {}    # else all samples are one
             body = json.dumps({**self.body, **seed, "messages": [message], "temperature": temperature})
             return self._ask(number, "/v1/chat/completions", ("choices", 0, "message", "content"), body.encode())
 
@@ -632,14 +645,13 @@ class ServerJudge:
             return list(tqdm(pool.map(ask, range(len(chats))), desc="judge", total=len(chats), disable=not progress))
 
 
-def open_judge(judge=None, max_new_tokens=2048, **options):
-    """A judge by name: URLs joined by commas, with #MODEL behind them where the server serves several, a folder, a hub id, or the
-    newest judge trained in the current folder."""
+def open_judge(judge=None, max_new_tokens=2048, batch_size=64, concurrency=32, **templates):
+    """A judge by name: URLs joined by commas, with #MODEL behind them where the server serves several, a folder, a hub id, or the newest
+    judge trained in the current folder. A server's has `concurrency` questions in flight, a local one answers `batch_size` at a time."""
     if not re.match("https?://", judge or ""):
-        return LocalJudge(judge or find_judge(), max_new_tokens=max_new_tokens, **options)
+        return LocalJudge(judge or find_judge(), batch_size=batch_size, max_new_tokens=max_new_tokens, **templates)
     urls, _, model = judge.partition("#")
-    options.pop("batch_size", None)
-    return ServerJudge(urls.split(","), model, max_new_tokens=max_new_tokens, **options)
+    return ServerJudge(urls.split(","), model, concurrency=concurrency, max_new_tokens=max_new_tokens, **templates)
 
 
 def find_judge(prefix=""):
@@ -733,16 +745,16 @@ def accuracy(votes, ties=False):
     return sum(right) / (len(right) or math.nan), interval(sum(right), len(right)), len(right)
 
 
-def evaluate_judge(judge, comparisons, labels, rng, swap=True, types=None):
+def evaluate_judge(judge, comparisons, labels, rng, types=None):
     """How good a judge is on labelled pairs, a dict of shares. labels: 1 or 2, the better candidate, or 0, a tie; types: one per pair.
-    Every pair is shown in a random order from `rng`, the label moving along, and with `swap` in the other order too."""
+    Every pair is shown in a random order from `rng` and then in the other one; winners are turned back, so that they name candidates."""
+    num, turned_back = len(comparisons), {1: 2, 2: 1}
     flipped = [rng.random() < 0.5 for _ in comparisons]
-    orders = flipped + [not flip for flip in flipped] * swap
+    orders = flipped + [not flip for flip in flipped]
     shown = [Comparison(pair.prompt, pair.media_2, pair.media_1) if flip else pair for pair, flip in zip([*comparisons] * 2, orders)]
     verdicts = [parse_verdict(text) for text in judge(shown)]
-    winners = [{1: 2, 2: 1}.get(v.winner, v.winner) if flip else v.winner for v, flip in zip(verdicts, orders)]    # not places, contents
-    first, second = winners[:len(flipped)], winners[len(flipped):]
-    votes, types = list(zip(first, labels)), types or [None] * len(flipped)
+    winners = [turned_back.get(v.winner, v.winner) if flip else v.winner for v, flip in zip(verdicts, orders)]
+    votes, types = list(zip(winners[:num], labels)), types or [None] * num
     mean = lambda values: sum(values) / (len(values) or math.nan)
     diff, tau = accuracy(votes), accuracy(votes, ties=True)
     return {
@@ -750,11 +762,11 @@ def evaluate_judge(judge, comparisons, labels, rng, swap=True, types=None):
         "tau_accuracy": tau[0], "tau_accuracy_95": tau[1],              # the same with ties, right when the judge says tie
         "parse_rate": mean([v.winner is not None and {"A", "B", "C"} <= {c.anchor for c in v.categories} for v in verdicts]),
         "sum10_rate": mean([None not in d[3:] and sum(d[3:]) == 10 for v in verdicts for c in v.categories for d in c.dims]),
-        "swap_consistency": mean([a == b and a is not None for a, b in zip(first, second)]),
+        "swap_consistency": mean([a == b and a is not None for a, b in zip(winners[:num], winners[num:])]),
         "first_position_share": mean([v.winner == 1 for v in verdicts if v.winner]),            # one half without position bias
-        "failures": sum(isinstance(v.text, Failure) for v in verdicts), "num_pairs": len(flipped),
+        "failures": sum(isinstance(v.text, Failure) for v in verdicts), "num_pairs": num,
         "by_type": {kind: accuracy([vote for vote, t in zip(votes, types) if t == kind])[0] for kind in dict.fromkeys(types) if kind},
-        "verdicts": verdicts[:len(flipped)], "flipped": flipped,        # in the random order, and whether that was (2, 1)
+        "verdicts": verdicts[:num], "flipped": flipped,                 # in the random order, and whether that was (2, 1)
     }
 
 
@@ -766,12 +778,10 @@ def read_pairs(path):
         try:
             if line.strip():
                 row = json.loads(line)
-                media = [Path(path).parent / item for item in row.get("videos") or row["images"]]
-                pair = Comparison(instruction(row["prompt"], template="{prompt}"), *media)
-                for file in media:
-                    file.stat()                                                 # raises unless it exists
+                first, second = (find_medium(item, Path(path).parent) for item in row.get("videos") or row["images"])
+                pair = Comparison(instruction(row["prompt"], template="{prompt}"), first, second)
                 rows.append((pair, read_vote(row["winner"]), row.get("type") and str(row["type"])))
-        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f'{path}:{number}: {type(error).__name__}: {error}. '
                              'Expected {"prompt": "...", "images": [first, second], "winner": "Image 1" | "Image 2" | "Tie"}') from None
     if not rows:
@@ -815,6 +825,17 @@ def verdict_html(verdict):
         page += f"</table><p>{escape(category.reason)}</p>"
     page += f"<h2>Overall: {_SAID[verdict.winner]}</h2><p>{escape(verdict.reason)}</p>"
     return page + "".join(f'<p class="issue">{escape(issue)}</p>' for issue in verdict.issues)
+
+
+
+def report_html(title, figures, page):
+    """A whole page that needs no network: the title, then a figure for each (caption, images, whether it won), then `page`."""
+    title = html.escape(title)
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>'
+    for caption, images, won in figures:
+        shown = "".join(f'<img src="{data_url(image)}">' for image in images)
+        head += f'<figure class="{"won" * won}"><figcaption>{html.escape(caption)}</figcaption>{shown}</figure>'
+    return head + page
 
 # ------------------------------------------------------------------------------------------------ the commands
 def parse_args(argv=None):
@@ -860,12 +881,7 @@ def main(argv=None):
             text = data if isinstance(data, str) else json.dumps(json.loads(json.dumps(data), parse_constant=lambda name: None))
         print(text.encode(errors="replace").decode())                           # a judge may write half a character
         if args.html and figures:
-            title = html.escape(args.prompt)
-            figures = [f'<figure class="{"won" * won}"><figcaption>{html.escape(caption)}</figcaption>'
-                       + "".join(f'<img src="{data_url(image)}">' for image in images) + "</figure>" for caption, images, won in figures]
-            page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>'
-                    + "".join(figures) + page)
-            Path(args.html).write_bytes(page.encode(errors="replace"))
+            Path(args.html).write_bytes(report_html(args.prompt, figures, page).encode(errors="replace"))
             print(f"report: {args.html}", file=sys.stderr)
     except (ValueError, OSError) as error:
         raise SystemExit(f"reward.py: {error}") from error

@@ -16,7 +16,7 @@ import time
 from tqdm import tqdm
 
 from data import batch_indices, comparison, encode, in_world, know_toy_classes, open_records, toy_models, toy_world, WINNERS
-from reward import Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
+from reward import Candidate, Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
 
 # ================================================================================================ toolbox
 # What every stage needs and nobody tweaks per stage. Plain arguments in, no name from outside: paste the block to stand alone.
@@ -274,12 +274,14 @@ def save_whole(save, modules):
         del module.state_dict
 
 
-def save_judge(folder, model, processor, template):
-    """A folder for from_pretrained, servers and LocalJudge, which reads the wording of the instruction in it. All ranks call it."""
+def save_judge(folder, model, processor, template, score_template=None):
+    """A folder for from_pretrained, servers and LocalJudge, which reads the wording of the questions in it. All ranks call it."""
     def save():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         Path(folder, "template.txt").write_text(template)
+        if score_template:
+            Path(folder, "score_template.txt").write_text(score_template)
     save_whole(save, [model])
 
 
@@ -920,8 +922,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.pipe_arg = dict(args.pipe_arg)
     judge = args.task == "judge"
+    out, args.data, args.eval_data = in_world(args.world, args.data, args.eval_data)
     defaults = dict(lr=2e-3 if judge else 4e-3, max_steps=(1200 if judge else 750) if args.world == "image" else 1100 if judge else 1000, batch_size=16 if judge else 128,
-                    eval_num=400 if judge else 256, out=f"{in_world(args)}{args.task}-sft", bf16=has_bf16(),
+                    eval_num=400 if judge else 256, out=f"{out}{args.task}-sft", bf16=has_bf16(),
                     max_new_tokens=256 if args.model == "toy" else 2048)
     defaults["judge_batch"] = 200 if (args.max_new_tokens or defaults["max_new_tokens"]) <= 256 else 16
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
@@ -953,10 +956,14 @@ class Judge:
             judge = LocalJudge(args.model, template=args.template and Path(args.template).read_text(), device="cpu" if args.fsdp else ranks.device,
                                dtype=frozen_dtype(ranks, args.bf16, args.lora_rank or args.adapter))
             self.model, self.processor, self.template = judge.model, judge.processor, judge.templates[Comparison] or TEMPLATE
+            self.score_template = judge.templates[Candidate]
         self.model.set_attn_implementation("sdpa" if ranks.device.type == "cuda" else "eager")
         self.modules, self.args, self.device = {"base_model.model.": self.model}, args, ranks.device
         self.records = open_records(args.data, "trace", args.max_steps * args.batch_size * args.accumulation * ranks.world, args.seed,
                                     args.skip_bad)
+        if args.model == "toy":                                                 # asked for scores in the words it is taught with
+            scores = isinstance(self.records, list) and any(record.get("type") == "score" for record in self.records)
+            self.score_template = toy_world().SCORE_INSTRUCTION if scores else None
         sizes = [len(r["response"]) for r in self.records] if isinstance(self.records, list) else [1]
         self.window = 8 if max(sizes) > 2 * min(sizes) else 1                   # else batches by length save little and are less mixed
 
@@ -980,7 +987,7 @@ class Judge:
         return {k: v for k, v in result.items() if isinstance(v, (int, float))}
 
     def save(self, folder):
-        save_judge(folder, self.model, self.processor, self.template)
+        save_judge(folder, self.model, self.processor, self.template, self.score_template)
 
 
 # ---------------------------------------------------------------- the generator: flow matching

@@ -388,13 +388,13 @@ PIPE = "height=48 width=48 max_sequence_length=12 num_inference_steps=2".split()
 
 
 def test_sift_finds_the_reddest(generator_folder, tmp_path, monkeypatch, capsys):
-    """Candidate i of a prompt is a function of (seed, line, i), whatever else is in the chunk."""
+    """Candidate i of a prompt is a function of (seed, its number, i), whatever else is in the chunk."""
     import sft
     use_judges(monkeypatch, red=red_judge)
     (tmp_path / "p.txt").write_text("a red circle\n\na blue square\na blue square\n")
     pipe = sft.load_pipeline(generator_folder, torch.device("cpu"))
-    made = [sorted((red(frames) for frames in sft.sample_media(pipe, [prompt] * 5, [(5, line, i) for i in range(5)], **dict(map(sft.pipe_arg, PIPE)))))
-            for prompt, line in (("a red circle", 1), ("a blue square", 3), ("a blue square", 4))]
+    made = [sorted((red(frames) for frames in sft.sample_media(pipe, [prompt] * 5, [(5, number, i) for i in range(5)], **dict(map(sft.pipe_arg, PIPE)))))
+            for prompt, number in (("a red circle", 0), ("a blue square", 1), ("a blue square", 2))]
     for how, options in enumerate((["winrate"], ["winrate", "--pairs", "ring:2"], ["score"], ["score", "--chunk", "1"])):
         out = tmp_path / f"{how}/pairs.jsonl"
         data.main(["sift", str(tmp_path / "p.txt"), "--model", generator_folder, "--judge", "red", "--num-candidates", "5", "--seed", "5", "--out", str(out),
@@ -420,11 +420,26 @@ def test_sifted_videos_are_lossless_folders_of_frames(tmp_path, monkeypatch):
     data.main(["sift", str(tmp_path / "p.txt"), "--model", "m", "--judge", "red", "--num-candidates", "2", "--rank-by", "winrate", "--out", str(tmp_path / "pairs.jsonl")])
     found = data.read_records(tmp_path / "pairs.jsonl", "pair")
     assert len(found) == 3 and {r["winner"] for r in found} <= {"Video 1", "Video 2"}
-    for record, line in zip(found, (1, 2, 3)):
+    for number, record in enumerate(found):
         shown = [data.load_media(m, 12) for m in record["videos"]]
-        assert sorted([[f.tobytes() for f in video] for video in shown]) == sorted([f.tobytes() for f in made[0, line, i]] for i in (0, 1))
+        assert sorted([[f.tobytes() for f in video] for video in shown]) == sorted([f.tobytes() for f in made[0, number, i]] for i in (0, 1))
         best, worst = shown[::1 if record["winner"] == "Video 1" else -1]
         assert red(best) > red(worst)
+
+
+def test_sift_edits_the_source_of_each_prompt(tmp_path, monkeypatch):
+    import sft
+    monkeypatch.setattr(sft, "load_pipeline", lambda *args: None)
+    monkeypatch.setattr(sft, "sample_media", lambda pipe, prompts, seeds, size, image: [[Image.new("RGB", (16, 16), (seed[2], source.getpixel((0, 0))[0], 0))]
+                                                                                       for seed, source in zip(seeds, image, strict=True)])
+    use_judges(monkeypatch, red=red_judge)
+    for i in range(2):
+        Image.new("RGB", (16, 16), (100 + i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": "p", "source": f"{i}.png"}) for i in range(2)))
+    data.main(["sift", str(tmp_path / "p.jsonl"), "--model", "m", "--judge", "red", "--num-candidates", "2", "--rank-by", "winrate", "--out", str(tmp_path / "o.jsonl")])
+    found = data.read_records(tmp_path / "o.jsonl", "pair")
+    assert [record["source"] for record in found] == [tmp_path / f"{i}.png" for i in range(2)]
+    assert [[Image.open(m).getpixel((0, 0))[1] for m in record["images"]] for record in found] == [[100] * 2, [101] * 2]
 
 
 def test_sift_answers_of_a_vision_language_model(tmp_path, monkeypatch, capsys):

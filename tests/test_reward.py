@@ -462,8 +462,8 @@ def test_exam_separates_accuracy_from_position_bias():
     assert .35 < blind["winner_accuracy"] < .65 and blind["first_position_share"] == 1 and blind["swap_consistency"] == 0
     assert blind["sum10_rate"] == pytest.approx(2 / 3)          # 7 + 3, 5 + 4, 8 + 2
     assert evaluate_judge(sees, pairs[:4], [1, 2, 0, 0], random.Random(0))["winner_accuracy"] == 1           # ties are not asked
-    mute = evaluate_judge(lambda pairs: ["?"] * len(pairs), pairs[:4], [1, 2, 0, 0], random.Random(0), swap=False)
-    assert mute["winner_accuracy"] == mute["parse_rate"] == 0 and math.isnan(mute["swap_consistency"])
+    mute = evaluate_judge(lambda pairs: ["?"] * len(pairs), pairs[:4], [1, 2, 0, 0], random.Random(0))
+    assert mute["winner_accuracy"] == mute["parse_rate"] == mute["swap_consistency"] == 0 and math.isnan(mute["first_position_share"])
 
 
 def test_command_and_its_errors(tiny, tmp_path, monkeypatch, capsys):

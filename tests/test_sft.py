@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import data
+import dpo
 import sft
 from conftest import ROOT
-from reward import load_processor
+from reward import Candidate, Comparison, LocalJudge, build_messages, load_processor
 from toy_models import PIPE_ARGS
 from sft import add_lora, adapters_off, generator, run, save_adapter, velocity, whole_state
 
@@ -86,6 +87,19 @@ def preferences(folder):
     path = Path(folder, "preferences.jsonl")
     data.write_jsonl(path, [{**p, "chosen": p.pop("response"), "rejected": '{"winner":"Image 1"}'} for p in pairs])
     return str(path)
+
+
+def test_a_judge_keeps_the_words_it_was_asked_for_scores_with(tmp_path):
+    """Taught on scores too, it leaves their instruction beside its weights, where a judge reads it; dpo.py hands it on."""
+    records = [record for kind in ("trace", "score") for record in data.open_records("toy", kind, 4)]
+    data.write_jsonl(tmp_path / "mixed.jsonl", records)
+    sft.main(["--data", str(tmp_path / "mixed.jsonl"), "--out", str(tmp_path / "sft"), "--max-steps", "1", *SMALL, "--eval-num", "1"])
+    dpo.main(["--model", str(tmp_path / "sft/model"), "--data", preferences(tmp_path), "--out", str(tmp_path / "dpo"), "--max-steps", "1", *SMALL, "--eval-num", "1"])
+    judge, candidate = LocalJudge(tmp_path / "dpo/model", device="cpu"), Candidate("a red star", [records[-1]["images"][0]])
+    asked = build_messages(candidate, judge.templates[Candidate])[0][0]["content"][-1]["text"]
+    assert asked == data.toy_world().SCORE_INSTRUCTION.replace("{prompt}", "a red star") and asked != build_messages(candidate)[0][0]["content"][-1]["text"]
+    own = LocalJudge(tmp_path / "sft/model", device="cpu", score_template="How good? {prompt}")
+    assert own.templates[Candidate] == "How good? {prompt}" and own.templates[Comparison] == judge.templates[Comparison]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0), (torch.float32, .02)])
