@@ -32,7 +32,7 @@ def parse_args(argv=None):
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     # model
     add("--model", help="folder or hub id of the diffusers pipeline to improve  [out/generator-sft/model; video world out/video-...]")
-    add("--judge", help="folder, hub id or URLs of the judge  [the newest of out/judge-dpo/model and out/judge-sft/model]")
+    add("--judge", help="folder, hub id, URLs or FILE.py:function of the judge  [the newest of out/judge-dpo/model and out/judge-sft/model]")
     # data
     add("--data", default="toy", help="prompts: a text file, one a line, a CSV column or JSONL; toy: made as needed")
     add("--data-num", type=int, default=4000, help="toy prompts to draw from")
@@ -331,7 +331,8 @@ def open_models(args, ranks):
         if any(name == "flex" for _, name, _ in watched):
             raise ValueError("--watch flex: it takes rewards that give each sample a number; the judge's win rate is measured anyway")
         args.pipe_arg = {**know_toy_classes(args.model), **args.pipe_arg}
-        pipe = load_pipeline(args.model, ranks.device, frozen_dtype(ranks, args.bf16, args.lora_rank), args.park_encoders)
+        pipe = load_pipeline(args.model, ranks.device, frozen_dtype(ranks, args.bf16, args.lora_rank), park=args.park_encoders,
+                             unsharded=args.fsdp)
         if prediction_type(pipe) != "flow":
             raise ValueError(f"{args.model} predicts {prediction_type(pipe)}; the stochastic sampler needs a flow-matching pipeline")
     except ValueError as error:

@@ -645,9 +645,22 @@ class ServerJudge:
             return list(tqdm(pool.map(ask, range(len(chats))), desc="judge", total=len(chats), disable=not progress))
 
 
+def open_function(name):
+    """The function of "FILE.py:function", None where the name is not of that form; ValueError: the file does not define it."""
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        return None
+    if not callable(found := runpy.run_path(path).get(function)):
+        raise ValueError(f"{path} has no function {function}")
+    return found
+
+
 def open_judge(judge=None, max_new_tokens=2048, batch_size=64, concurrency=32, **templates):
-    """A judge by name: URLs joined by commas, with #MODEL behind them where the server serves several, a folder, a hub id, or the newest
-    judge trained in the current folder. A server's has `concurrency` questions in flight, a local one answers `batch_size` at a time."""
+    """A judge by name: URLs joined by commas, with #MODEL behind them where the server serves several, FILE.py:function (from questions to
+    texts), a folder, a hub id, or the newest judge trained in the current folder. A server's has `concurrency` questions in flight, a local
+    one answers `batch_size` at a time."""
+    if function := open_function(judge or ""):
+        return lambda questions, **options: function(questions)
     if not re.match("https?://", judge or ""):
         return LocalJudge(judge or find_judge(), batch_size=batch_size, max_new_tokens=max_new_tokens, **templates)
     urls, _, model = judge.partition("#")
@@ -684,7 +697,6 @@ def open_rewards(text, judge=None):
         weight, (rest, _, tail) = 1.0, name.rpartition(":")
         with contextlib.suppress(ValueError):
             weight, name = float(tail), rest
-        path, _, function = name.rpartition(":")
         if not math.isfinite(weight):
             raise ValueError(f"the weight of reward '{name}' is {weight}; expected a number")
         if name == "flex":
@@ -694,10 +706,7 @@ def open_rewards(text, judge=None):
                                             for text in judge(list(map(Candidate, prompts, media)))]
         elif name.partition("@")[0] == "clip":
             found = clip_reward(name.partition("@")[2] or "openai/clip-vit-large-patch14")
-        elif path.endswith(".py") and Path(path).is_file():
-            if not callable(found := runpy.run_path(path).get(function)):
-                raise ValueError(f"{path} has no function {function}")
-        else:
+        elif (found := open_function(name)) is None:
             raise ValueError(f"reward '{name}' is unknown; expected flex, score, clip, clip@FOLDER or FILE.py:function")
         rewards.append((weight, name, found))
     return rewards
@@ -844,7 +853,7 @@ def parse_args(argv=None):
     add("items", nargs="+", metavar="ITEM", help="nothing, rank, eval or score; then images, GIFs, videos, folders of frames, or a file of pairs")
     add("--prompt", default="", help="the text that the candidates were generated from")
     # judge
-    add("--judge", help="folder, hub id or URLs joined by commas; default: the newest of out/judge-dpo/model and out/judge-sft/model")
+    add("--judge", help="folder, hub id, URLs joined by commas or FILE.py:function; default: the newest of out/judge-dpo/model and out/judge-sft/model")
     add("--template", help="file with another instruction, holding {prompt} and optionally {medium}, {anchors}")
     add("--max-new-tokens", type=int, default=2048, help="longest verdict, in tokens")
     add("--num-frames", type=int, default=8, help="frames sampled from a video")

@@ -668,7 +668,7 @@ def prediction_type(pipe):
     return "flow" if "FlowMatch" in type(getattr(pipe.scheduler, "stock", pipe.scheduler)).__name__ or kind == "flow_prediction" else kind
 
 
-def install(pipe, park=False, cache_size=32):
+def install(pipe, park=False, device=None, cache_size=32):
     """Tap the pipeline's scheduler, initial latents and prompt encoder (memoised: the newest `cache_size` calls). Once a pipeline.
 
     With `park`, text encoders wait on the CPU, outside the pipeline, while nothing is encoded. ValueError: a pipeline that moves its latents
@@ -683,7 +683,7 @@ def install(pipe, park=False, cache_size=32):
         raise ValueError(f"{name} is offloaded by hooks, under which nothing gets a gradient: load it without")
     tap = vars(pipe)["scheduler"] = Tap(pipe.scheduler)                         # setattr would write it into model_index.json
     stock_latents, encode_prompt, cache = pipe.prepare_latents, pipe.encode_prompt, {}
-    device, pipe.parked = pipe.device, {}
+    device, pipe.parked = device or pipe.device, {}
     if park:
         pipe.parked = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None}
 
@@ -769,21 +769,22 @@ def velocity(pipe, x, sigma, grad=True, **kwargs):
     return predict(pipe, x, sigma * pipe.scheduler.config.num_train_timesteps, grad, **kwargs)
 
 
-def prepare(pipe, device, park=False):
-    """The pipeline on its device with the driver installed, everything frozen but its denoisers."""
-    for module in pipe.components.values():
+def prepare(pipe, device, park=False, unsharded=False):
+    """The pipeline on its device with the driver installed, everything frozen but its denoisers. `unsharded`: those stay on the CPU, from where
+    FSDP2 takes them block by block; whole they may be larger than a GPU."""
+    for name, module in pipe.components.items():
         if isinstance(module, nn.Module):
-            module.requires_grad_(False).eval()
-    for module in denoisers(pipe).values():
-        module.requires_grad_(True)
-        if device.type == "cpu":
-            module.set_attention_backend("_native_math")                        # faster for a handful of tokens
-    return install(pipe.to(device), park)
+            module.requires_grad_(name in denoisers(pipe)).eval()
+            if not (unsharded and name in denoisers(pipe)):
+                module.to(device)
+            if device.type == "cpu" and name in denoisers(pipe):
+                module.set_attention_backend("_native_math")                    # faster for a handful of tokens
+    return install(pipe, park, device)
 
 
-def load_pipeline(path, device, dtype=torch.float32, park=False):
-    """The diffusers pipeline in a folder or hub repository, prepared, all its parts in `dtype`."""
-    return prepare(diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype), device, park)
+def load_pipeline(path, device, dtype=torch.float32, **options):
+    """The diffusers pipeline in a folder or hub repository, prepared with the options, all its parts in `dtype`."""
+    return prepare(diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype), device, **options)
 
 
 def denoisers(pipe):

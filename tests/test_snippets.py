@@ -42,14 +42,13 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_your_own_judge_and_reward_improve_a_generator(here, generator_folder, monkeypatch, capsys):
-    """my_judge.py ranks three images, C before B before A, and then is grpo.py with that judge, beside brightness.py as a second reward."""
+def test_your_own_judge_and_reward_improve_a_generator(here, generator_folder, capsys):
+    """my_judge.py ranks three images, C before B before A, and then rewards beside brightness.py."""
+    reward.main(["rank", "A.png", "B.png", "C.png", "--prompt", "a bright day", "--judge", "my_judge.py:judge", "--json"])
+    ranked = json.loads(capsys.readouterr().out)["items"]
+    assert [(item["item"], item["win rate"], item["advantage"]) for item in ranked] == [("C.png", 1, 1), ("B.png", .5, 0), ("A.png", 0, -1)]
     shutil.copytree(generator_folder, here / "out/generator-sft/model")
-    monkeypatch.setattr(grpo, "open_judge", grpo.open_judge)                    # what the file changes is put back
-    monkeypatch.setattr(sys, "argv", ["my_judge.py", *GRPO[:-4], "--reward", "flex:.7,brightness.py:bright:.3", "--max-parse-fail", "0"])
-    found = runpy.run_path("my_judge.py", run_name="__main__")
-    assert found["rates"].overall.tolist() == [0, .5, 1]
-    assert "[-1.0, 0.0, 1.0]" in capsys.readouterr().out
+    grpo.main([*GRPO[:-4], "--judge", "my_judge.py:judge", "--reward", "flex:.7,brightness.py:bright:.3", "--max-parse-fail", "0"])
     row = next(row for row in map(json.loads, (here / "out/grpo/log.jsonl").read_text().splitlines()) if row.get("step") == 1)
     assert row["verdicts"] == 6 and row["undecided"] == 0 and row["max_ratio_error"] == 0 and 0 < row["reward/brightness.py:bright"] < 1
 
@@ -259,7 +258,7 @@ def test_the_table_of_memory_is_arithmetic_on_counted_parameters():
     lora = f"LoRA 64 | {J:.2f} | {j:.2f} | 2 x {J:.2f} + 16 x {j:.2f} = {2 * J + 16 * j:.1f} |"
     for cells in (f"| SFT of Qwen3-VL-8B, {lora}", f"| DPO of it, {lora}", f"| {J:.2f} | 16 x {J:.2f} / 8 = {16 * J / 8:.1f} |",
                   f"| {J:.2f} | {J:.2f} | (4 + 16) x {J:.2f} / 16 = {20 * J / 16:.1f} |", f"2 x {J:.2f} = {2 * J:.1f} GB",
-                  f"| {F:.2f} | 16 x {F:.2f} / 8 = {2 * F:.1f}; while loading 4 x ({F:.2f} + {t5:.2f}) = {4 * (F + t5):.1f} |",
+                  f"| {F:.2f} | 16 x {F:.2f} / 8 = {2 * F:.1f}; while encoding 4 x {t5:.2f} = {4 * t5:.1f} more |",
                   f"| {W:.2f} | {w:.2f} | 2 x {W:.2f} + 16 x {w:.2f} = {2 * W + 16 * w:.1f}; while encoding 2 x {umt5:.2f} = {2 * umt5:.1f} more |"):
         assert cells in README, cells
 
