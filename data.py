@@ -596,8 +596,8 @@ def sift(args):
     if answers:
         model = open_model(args, args.model, score_template="{prompt}")
     else:
-        from sft import has_bf16, load_pipeline, pipe_arg, sample_media         # sft imports this file
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        from sft import has_bf16, load_pipeline, pipe_arg, sample_media, start_ranks            # sft imports this file
+        device = start_ranks().device
         pipe_args = {**know_toy_classes(args.model), **dict(map(pipe_arg, args.pipe_arg))}
         pipe = load_pipeline(args.model, device, torch.bfloat16 if device.type == "cuda" and has_bf16() else torch.float32)
 
@@ -712,6 +712,9 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    from transformers.utils import logging
+    logging.set_verbosity_error()                                               # their notices drown the counts
+    logging.disable_progress_bar()
     try:
         args = parse_args(argv)
         if args.command == "check":

@@ -12,6 +12,7 @@ import argparse
 import base64
 import contextlib
 import html
+import inspect
 import io
 import json
 import math
@@ -554,6 +555,7 @@ class LocalJudge:
         order = sorted(range(len(chats)), key=lambda i: -sizes[i])
         tokenizer, was_training, texts = self.processor.tokenizer, self.model.training, {}
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+        cache = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"  # its name in older transformers
         self.model.eval()
         for start in tqdm(range(0, len(order), self.batch_size), desc="judge", disable=not progress):
             batch = order[start:start + self.batch_size]
@@ -562,7 +564,7 @@ class LocalJudge:
             with share_images(self.model, self.processor, sum(images, [])):
                 tokens = self.model.generate(
                     **inputs.to(self.model.device), **sampling, max_new_tokens=self.max_new_tokens, repetition_penalty=1.0,
-                    past_key_values=roomy_cache(self.model.config), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)       # (B, T)
+                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **{cache: roomy_cache(self.model.config)})      # (B, T)
             texts.update(zip(batch, tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)))
         self.model.train(was_training)
         return [texts[i] for i in range(len(chats))]

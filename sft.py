@@ -29,6 +29,7 @@ import re
 import resource
 import shutil
 import subprocess
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +60,7 @@ def start_ranks():
     for library in (transformers, diffusers):                                   # their notices drown the numbers
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")            # the name that older diffusers know, too
     torch.set_flush_denormal(True)                                              # sharp attention is full of them; a CPU crawls
     local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
