@@ -47,16 +47,17 @@ def test_the_toy_commands_run_in_order(tmp_path, monkeypatch, capsys):
             continue                                 # pip, pytest, and real models: those are parsed below
         STAGES[words[1]].main(words[2:] + shlex.split(SMALL.get(words[1], "")))
         ran.append(words[1])
-    assert ran[:4] == ["sft.py", "dpo.py", "sft.py", "grpo.py"] and ran.count("reward.py") == 4 and ran.count("data.py") == 4
-    assert ran.count("sft.py") == 4 and ran.count("dpo.py") == 2 and ran.count("grpo.py") == 2
+    assert ran[:4] == ["sft.py", "dpo.py", "sft.py", "grpo.py"] and ran.count("reward.py") == 4 and ran.count("data.py") == 9
+    assert ran.count("sft.py") == 6 and ran.count("dpo.py") == 4 and ran.count("grpo.py") == 3
     assert "data:image/png" in (tmp_path / "group.html").read_text()
     assert {"judge-sft", "judge-dpo", "generator-sft", "grpo"} <= {p.name for p in (tmp_path / "out").iterdir()}
     for picture in ("judge-sft/verdict.png", "judge-dpo/verdict.png", "generator-sft/samples.png", "grpo/before_after.png"):
         assert Image.open(tmp_path / "out" / picture).size[0] > 100
     said = capsys.readouterr().out
     assert "max |ratio - 1| at the first update: 0\n" in said
-    # each stage closes with its numbers: sft.py (image, video) and dpo.py; generators' sft.py and grpo.py (image, video) and dpo.py
-    assert said.count("\n  winner_accuracy   ") == 3 and said.count("\n  true   ") == 5, said
+    # each stage closes with its numbers: judges' sft.py (image, chain, video) and dpo.py (image, chain); generators' sft.py and grpo.py (image, chain,
+    # video) and dpo.py (image, chain)
+    assert said.count("\n  winner_accuracy   ") == 5 and said.count("\n  true   ") == 8, said
 
 
 def test_every_command_parses():
