@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import numpy as np
 import torch
 
 import data
@@ -167,7 +168,7 @@ KINDS = {"comparisons": "trace", "scores": "score", "questions": "question"}
 
 def joint(args, seed):
     """The judge from nothing on one kind of records, or on a third of each, for equally many steps of 16 records; examined on all three."""
-    exams = {kind: W.Records("val", kind, 300, 9) for kind in ("pair", "score", "question")}
+    exams = {kind: W.Records("val", kind, args.exam, 9) for kind in ("pair", "score", "question")}
     exams = {kind: [records[i] for i in range(len(records))] for kind, records in exams.items()}
 
     def run(arm, steps):
@@ -179,12 +180,12 @@ def joint(args, seed):
         data.write_jsonl(folder.with_suffix(".jsonl"), records)
         rows = stage(args, "sft.py", folder, "--data", folder.with_suffix(".jsonl"), "--seed", seed, "--max-steps", steps, "--eval-num", 8)
         judge, pairs = LocalJudge(folder / "model", score_template="{prompt}", **JUDGED), exams["pair"]
-        found = evaluate_judge(judge, [data.comparison(p) for p in pairs], [data.WINNERS[p["winner"]] for p in pairs], random.Random(0), swap=False)
+        found = evaluate_judge(judge, [data.comparison(p) for p in pairs], [data.WINNERS[p["winner"]] for p in pairs], random.Random(0))
         numbers = {"comparisons": found["winner_accuracy"], "loss": rows[-2]["loss"]}
         texts = {kind: judge([Candidate(r["instruction"], r["images"]) for r in exams[kind]]) for kind in ("score", "question")}
         said, wanted = ([parse_score(t).value for t in side] for side in (texts["score"], [r["response"] for r in exams["score"]]))
-        read = torch.tensor([[s, w] for s, w in zip(said, wanted) if s is not None]).T
-        numbers["scores"] = torch.corrcoef(read)[0, 1].nan_to_num().item() if read.numel() > 4 else 0.0
+        read = [(s, w) for s, w in zip(said, wanted) if s is not None]
+        numbers["scores"] = torch.corrcoef(torch.tensor(read).T)[0, 1].nan_to_num().item() if len(read) > 2 else 0.0
         numbers["questions"] = statistics.mean(t.strip() == r["response"] for t, r in zip(texts["question"], exams["question"]))
         return numbers
 
@@ -196,7 +197,7 @@ def painted(media, prompts):
     """A fixed criterion: the share of an image's pixels that have a colour which the prompt names. Nobody has to look at shapes or numbers."""
     values = []
     for (image,), prompt in zip(media, prompts):
-        pixels = torch.tensor(list(image.getdata()), dtype=torch.float32)                      # (H W, 3)
+        pixels = torch.from_numpy(np.array(image)).reshape(-1, 3).float()                          # (H W, 3)
         wanted = [color for name, color in O.COLORS.items() if name in prompt.split()] or [*O.COLORS.values()]
         values.append(torch.stack([(pixels - torch.tensor(c)).norm(dim=1) < 60 for c in wanted]).any(0).float().mean().item())
     return values
@@ -293,7 +294,7 @@ def report(args, rows):
 
 
 def scaled(curve):
-    low, high = min(y for _, y in curve), max(y for _, y in curve)
+    low, high = min((y for _, y in curve), default=0), max((y for _, y in curve), default=0)
     return [(x, (y - low) / max(high - low, 1e-9)) for x, y in curve]
 
 
@@ -310,6 +311,7 @@ def main(argv=None):
     add("--draws", type=int, default=20, help="signal: schedules drawn of each group")
     add("--pairs", type=int, default=800, help="dpo: pairs that traces are sampled for")
     add("--steps", type=int, default=400, help="joint: optimizer steps")
+    add("--exam", type=int, default=300, help="joint: held-out records of each kind")
     add("--long", type=int, default=48, help="reward: optimizer steps")
     add("--short", type=int, default=16, help="grpo: optimizer steps")
     add("--extra", type=str.split, default=[], help="options added to every stage")

@@ -11,11 +11,11 @@ def plot(panels, path, width=460, height=320):
     pen, ys = ImageDraw.Draw(sheet), [y for arms in panels.values() for curves in arms.values() for curve in curves for _, y in curve]
     low, high = min(ys), max(max(ys), min(ys) + 1e-9)
     for column, (label, arms) in enumerate(panels.items()):
-        most, left = max(x for curves in arms.values() for curve in curves for x, _ in curve), column * width + 46
+        most, left = max((x for curves in arms.values() for curve in curves for x, _ in curve), default=1), column * width + 46
         place = lambda x, y: (left + x / most * (width - 62), height - 40 - (y - low) / (high - low) * (height - 70))
         pen.rectangle([left, 30, column * width + width - 16, height - 40], outline=(160, 160, 160))
         for row, ((name, curves), ink) in enumerate(zip(arms.items(), INKS)):
-            for curve in curves:
+            for curve in filter(None, curves):       # an arm may have measured nothing
                 pen.line([place(*point) for point in curve], fill=tuple((c + 3 * 255) // 4 for c in ink))
             mean = [[sum(values) / len(values) for values in zip(*at)] for at in zip(*curves)]
             pen.line([place(*point) for point in mean], fill=ink, width=2)

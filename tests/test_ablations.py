@@ -1,4 +1,5 @@
 """The ablations and the chain at tiny settings: every arm runs, resumes and is reported. Their numbers mean nothing here."""
+import importlib
 import json
 import shutil
 
@@ -7,8 +8,6 @@ import pytest
 import ablations
 import chain
 from conftest import ROOT
-
-TINY = ["--max-steps", "1", "--batch-size", "4", "--eval-num", "4", "--max-new-tokens", "8"]
 
 
 @pytest.fixture
@@ -58,10 +57,14 @@ def test_signal_is_what_a_known_judge_makes_of_it(tmp_path, models, monkeypatch,
 
 
 def test_trained_claims_run_resume_and_report(tmp_path, models, capsys, monkeypatch):
-    rows = run("joint", tmp_path, models, "--steps", "1", "--extra", " ".join(["--warmup-steps", "1"]))
+    def here(args, script, out, *options):           # in this process
+        importlib.import_module(script.removesuffix(".py")).main(["--out", str(out), *map(str, options), *args.extra])
+        return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    monkeypatch.setattr(ablations, "stage", here)
+    rows = run("joint", tmp_path, models, "--steps", "1", "--exam", "6")
     assert [r["arm"] for r in rows] == ["comparisons", "scores", "questions", "jointly", "jointly, three times the steps"]
     before = (tmp_path / "results.jsonl").read_bytes()
-    run("joint", tmp_path, models, "--steps", "1")
+    run("joint", tmp_path, models, "--steps", "1", "--exam", "6")
     assert (tmp_path / "results.jsonl").read_bytes() == before                  # nothing is run again
     monkeypatch.setattr(ablations, "ARMS", {"alpha 0.7": ["--alpha", .7]})
     grpo = "--num-prompts 2 --group-size 4 --pairs all --eval-num 4 --max-new-tokens 8 --max-parse-fail 1"
