@@ -212,14 +212,14 @@ def row_of(record, path, number):
     name, media = medium_of(record), []
     for k, item in enumerate(record.get(name, []), 1):
         place = f"{name}/{path.stem}_{number:06d}_{k}"
-        (path.parent / name).mkdir(parents=True, exist_ok=True)
         if isinstance(item, list):
             shutil.rmtree(path.parent / place, ignore_errors=True)
-            (path.parent / place).mkdir()
+            (path.parent / place).mkdir(parents=True)
             for i, frame in enumerate(item):
                 frame.save(path.parent / place / f"{i:04d}.png")
         elif isinstance(item, Image.Image):
             place += ".png"
+            (path.parent / name).mkdir(parents=True, exist_ok=True)
             item.save(path.parent / place)
         else:
             place = item if str(item).startswith("data:") else str(Path(item).resolve())
