@@ -151,7 +151,7 @@ def read_records(path, kind, skip_bad=False):
     if not path.exists():
         raise ValueError(f"{path} does not exist. Give a JSONL file, or 'toy' for the built-in toy world.")
     table = path.suffix == ".csv"                    # its first line is the header
-    with open(path, newline="" if table else None) as file:
+    with open(path, newline="" if table else None, encoding="utf-8") as file:
         lines = [*csv.DictReader(file)] if table else file.read().split("\n")
     for number, line in enumerate(lines, 1 + table):
         if not table and not line.strip():
