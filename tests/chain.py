@@ -1,6 +1,6 @@
 """The whole chain of commands in the toy world, from people's choices to a better generator, and a table of what each step gained.
 
-    python tests/chain.py                        about 50 minutes on 2 cores; a command that has ended is not run again
+    python tests/chain.py                        about an hour on one core; a command that has ended is not run again
     python tests/chain.py --report               the table alone
 
 The commands are COMMANDS below, the README shows the same lines. All numbers are on held-out prompts and pairs, from the stages' own logs.
@@ -41,7 +41,7 @@ def last_row(folder):
 def report(seconds):
     """Prints the gains and each command's seconds, {command: seconds}."""
     sft, dpo, sifted, grpo = (last_row(f"out/chain/{name}") for name in ("judge-sft", "judge-dpo", "generator-dpo", "grpo"))
-    rows = [("distill", "traces kept, of pairs", len(Path("out/chain/traces.jsonl").read_text().splitlines()), 12000, "{:.0f}"),
+    rows = [("distill", "pairs, then traces kept", *(len(Path(f"out/chain/{name}.jsonl").read_text().splitlines()) for name in ("pairs", "traces")), "{:.0f}"),
             ("sft.py", "judge: winner accuracy", None, sft["winner_accuracy"], "{:.3f}"),
             ("rank, dpo.py", "judge: winner accuracy", dpo["winner_accuracy_before"], dpo["winner_accuracy_after"], "{:.3f}"),
             ("", "judge: same winner swapped", dpo["swap_consistency_before"], dpo["swap_consistency_after"], "{:.3f}"),
