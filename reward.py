@@ -375,6 +375,7 @@ def schedule_pairs(groups, pairs="all", rng=random, both_orders=False):
         out += [pair if rng.random() < 0.5 else pair[::-1] for pair in sorted(chosen)]
     return [p for pair in out for p in (pair, pair[::-1])] if both_orders else out
 
+
 def win_rates(pairs, verdicts, num_items, count_extra=False, category_weights=None):
     """WinRates of B items, of one prompt or several; winner 1 of a verdict means that the first of its pair won.
     anchors  {d: R_d}, R_d(i) = wins of i on anchor d / comparisons of i on d (Sec. 3.3.2 of arXiv 2602.02380), a tie half a win
@@ -836,7 +837,6 @@ def verdict_html(verdict):
         page += f"</table><p>{escape(category.reason)}</p>"
     page += f"<h2>Overall: {_SAID[verdict.winner]}</h2><p>{escape(verdict.reason)}</p>"
     return page + "".join(f'<p class="issue">{escape(issue)}</p>' for issue in verdict.issues)
-
 
 
 def report_html(title, figures, page):

@@ -5,7 +5,7 @@
     python tests/ablations.py joint              one judge for comparisons, scores and questions against one for each
     python tests/ablations.py reward             win rates, scores and a fixed criterion as the reward: which is hacked?
     python tests/ablations.py grpo               alpha, pairs and the added category, trained
-    python tests/ablations.py report             tables with 95 % intervals, and pictures beside --results
+    python tests/ablations.py report             tables with 95 % intervals, printed and in .md beside --results, and pictures there
 
 --models names the folder of each seed's judge-sft, judge-dpo and generator-sft, {seed} in it is replaced. They are made by
     python sft.py --seed 0 --out out/0/judge-sft && python dpo.py --seed 0 --model out/0/judge-sft/model --out out/0/judge-dpo
@@ -85,18 +85,18 @@ def signal(args, seed):
 
     def measure(pairs="all", both=False, alpha=.7, extra=False, bias=0.0, fixed=False, kind=None):
         records, _, true, mixed = table()
-        shares, firsts, calls = {}, [], 0
+        shares, firsts, calls = {}, {}, 0
         for k in [k for k in mixed if kind in (None, records[k]["type"])]:
-            found = []
+            found, ahead = [], []
             for draw in range(1 if fixed else args.draws):
                 chosen = schedule_pairs(G, pairs, random.Random(f"{seed} {k} {draw}"), both)
                 chosen = [tuple(sorted(pair)) for pair in chosen] if fixed else chosen
                 rates = win_rates(chosen, [biased(k, i, j, bias) for i, j in chosen], G, extra)
                 advantages, calls = group_advantages(rates, alpha).tolist(), len(chosen)
-                firsts.append(advantages[0])
+                ahead.append(advantages[0])
                 found.append(statistics.mean((a > b) + (a == b) / 2 for a, t in zip(advantages, true[k]) if t for b, u in zip(advantages, true[k]) if not u))
-            shares[k] = statistics.mean(found)
-        return {"right": shares, "first": sum(firsts) / max(len(firsts), 1), "calls": calls}
+            shares[k], firsts[k] = statistics.mean(found), statistics.mean(ahead)
+        return {"right": shares, "first": firsts, "calls": calls}
 
     for alpha in (0, .3, .5, .7, 1):
         yield f"alpha {alpha}", functools.partial(measure, alpha=alpha)
@@ -120,39 +120,40 @@ def grounded(trace, record):
 
 
 def dpo(args, seed):
-    """Four traces of each of args.pairs pairs; both-right pairs are ranked by what can be checked in the text (dpo.py's default), or by how many
-    of their reasons are true of the images (the strong judge of the paper, which only a toy world has for nothing)."""
+    """Four traces of each of args.pairs pairs. Where all are right, they are ranked by how many of their reasons are true of the images: the
+    strong judge of the paper, which only a toy world has for nothing. What can be checked in the text alone, dpo.py's default, tells apart
+    `by_form` of them."""
     models, folder = Path(args.models.format(seed=seed)), Path(args.out, f"dpo-{seed}")
 
     @functools.cache
     def preferences():
-        """{arm: preference records}"""
+        """{arm: preference records}, by_form"""
         judge = LocalJudge(models / "judge-sft/model", **JUDGED)
         torch.manual_seed(seed)
         pairs = W.Records("train", "pair", args.pairs, 100 + seed)
         pairs = [pairs[i] for i in range(args.pairs)]
         texts = judge([data.comparison(pair) for pair in pairs for _ in range(4)], temperature=.7, progress=True)
-        mixed, by_form, by_truth = [], [], []
+        mixed, by_truth, by_form = [], [], 0
         for n, pair in enumerate(pairs):
             traces = texts[4 * n:4 * n + 4]
             case, best, worst = data.rank_traces(traces, data.WINNERS[pair["winner"]])
             if case == "mixed":
                 mixed.append({**pair, "chosen": best, "rejected": worst})
             elif case == "all right":
-                by_form += [{**pair, "chosen": best, "rejected": worst}] * (best is not None)
+                by_form += best is not None
                 worst, *_, best = sorted(traces, key=lambda trace: grounded(trace, pair))
                 by_truth += [{**pair, "chosen": best, "rejected": worst}] * (grounded(best, pair) > grounded(worst, pair))
-        return {"one right": mixed, "one right, both right by form": mixed + by_form, "one right, both right by truth": mixed + by_truth}
+        return {"right over wrong": mixed, "right over wrong, and the better of right ones": mixed + by_truth}, by_form
 
     def run(arm):
-        records, path = preferences()[arm], folder / f"{arm.replace(' ', '-').replace(',', '')}.jsonl"
+        records, path = preferences()[0][arm], folder / f"{arm.replace(' ', '-').replace(',', '')}.jsonl"
         data.write_jsonl(path, random.Random(0).sample(records, len(records)))
         row = stage(args, "dpo.py", path.with_suffix(""), "--model", models / "judge-sft/model", "--data", path, "--seed", seed, "--max-new-tokens", 256)[-1]
         after = LocalJudge(path.with_suffix("") / "model", **JUDGED)
-        return {**{k: row[k] for k in row if k.startswith(("winner", "swap"))}, "grounded": truth_of_reasons(after, args.pairs), "pairs": len(records)}
+        return {**{k: row[k] for k in row if k.startswith(("winner", "swap"))}, "grounded": truth_of_reasons(after, args.pairs), "pairs": len(records), "by_form": preferences()[1]}
 
     yield "no DPO", lambda: {"grounded": truth_of_reasons(LocalJudge(models / "judge-sft/model", **JUDGED), args.pairs), "pairs": 0}
-    for arm in ("one right", "one right, both right by form", "one right, both right by truth"):
+    for arm in ("right over wrong", "right over wrong, and the better of right ones"):
         yield arm, functools.partial(run, arm)
 
 
@@ -259,38 +260,63 @@ def bootstrap(values, draws=2000):
 
 
 def report(args, rows):
-    """Tables on the terminal as Markdown, pictures beside --results."""
-    by = {}
+    """Tables as Markdown, on the terminal and beside --results, and pictures there."""
+    by, lines, folder = {}, [], Path(args.results).parent
     for row in rows:
         by.setdefault(row["claim"], {}).setdefault(row["arm"], []).append(row)
     for claim, arms in by.items():
         seeds = sorted({row["seed"] for runs in arms.values() for row in runs})
-        print(f"\n{claim}, seeds {', '.join(map(str, seeds))}\n")
+        lines += ["", f"## {claim}", "", f"Seeds {', '.join(map(str, seeds))}, in this order between slashes; ± is half of a 95 % interval.", ""]
         if claim == "signal":
-            print("| | calls a group | true above false | against the reference, paired | mean advantage of item 0 |\n|---|---|---|---|---|")
-            for arm, runs in arms.items():
-                reference = {"alpha": "alpha 0.7", "pairs": "pairs all", "order": f"order random, {arm.rpartition(', ')[2]}", "relation": "relation prompts, three anchors"}[arm.split()[0]]
-                pool = lambda name: {(row["seed"], k): x for row in arms[name] for k, x in row["right"].items()}
-                mine, theirs = pool(arm), pool(reference)
-                gap = "" if arm == reference else "{:+.3f} ± {:.3f}".format(*bootstrap([mine[k] - theirs[k] for k in mine if k in theirs]))
-                print(f"| {arm} | {runs[0]['calls']} | {'{:.3f} ± {:.3f}'.format(*bootstrap([*mine.values()]))} | {gap} | {statistics.mean(r['first'] for r in runs):+.2f} |")
+            lines += signal_table(arms)
+            draw_signal(arms, folder / "signal.png")
+            lines += ["", "![signal](signal.png)"]
             continue
-        names = {"dpo": ["winner_accuracy_before", "winner_accuracy_after", "swap_consistency_after", "grounded", "pairs"], "joint": [*KINDS]}.get(
+        names = {"dpo": ["winner_accuracy_before", "winner_accuracy_after", "swap_consistency_after", "grounded", "pairs", "by_form"], "joint": [*KINDS]}.get(
             claim, ["true_before", "true_after", "cast_before", "cast_after", "calls"])
-        print("| | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
+        lines += ["| | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
         for arm, runs in arms.items():
-            print(f"| {arm} | " + " | ".join(" / ".join(f"{row[name]:.4g}" if name in row else "" for row in runs) for name in names) + " |")
+            lines.append(f"| {arm} | " + " | ".join(" / ".join(f"{row[name]:.4g}" if name in row else "" for row in runs) for name in names) + " |")
         if claim in ("reward", "grpo"):
             gains = {arm: {row["seed"]: 100 * (row["true_after"] - row["true_before"]) for row in runs} for arm, runs in arms.items()}
             reference = gains.get("alpha 0.7", gains.get("win rates", {}))
-            print()
+            lines += ["", f"| | points gained | against {'alpha 0.7' if 'alpha 0.7' in gains else 'win rates'}, paired by seed |", "|---|---|---|"]
             for arm, gain in gains.items():
                 paired = [gain[seed] - reference[seed] for seed in gain if seed in reference]
-                print("{}: {:+.1f} ± {:.1f} points, {:+.1f} ± {:.1f} against the reference".format(arm, *spread([*gain.values()]), *spread(paired or [math.nan])))
-    if runs := by.get("reward"):
-        plot({"true to the prompt, step": {arm: [row["curve"] for row in found] for arm, found in runs.items()},
-              "reward in training, each scaled to 0..1, step": {arm: [scaled(row["reward"]) for row in found] for arm, found in runs.items()}},
-             Path(args.results).with_name("reward.png"))
+                gap = "" if gain is reference else "{:+.1f} ± {:.1f}".format(*spread(paired or [math.nan]))
+                lines.append("| {} | {:+.1f} ± {:.1f} | {} |".format(arm, *spread([*gain.values()]), gap))
+        if claim == "reward":
+            plot({"true to the prompt, step": {arm: [row["curve"] for row in runs] for arm, runs in arms.items()},
+                  "reward in training, each scaled to 0..1, step": {arm: [scaled(row["reward"]) for row in runs] for arm, runs in arms.items()}}, folder / "reward.png")
+            lines += ["", "![reward](reward.png)"]
+    text = "# What `tests/ablations.py` found\n" + "\n".join(lines) + "\n"
+    Path(args.results).with_suffix(".md").write_text(text)
+    print(text)
+
+
+def signal_table(arms):
+    lines = ["| | calls a group | a true sample above a false one | against the reference, paired by group | mean advantage of item 0 |", "|---|---|---|---|---|"]
+    for arm, runs in arms.items():
+        reference = {"alpha": "alpha 0.7", "pairs": "pairs all", "order": f"order random, {arm.rpartition(', ')[2]}", "relation": "relation prompts, three anchors"}[arm.split()[0]]
+        pool = lambda name, what="right": {(row["seed"], k): x for row in arms[name] for k, x in row[what].items()}
+        mine, theirs = pool(arm), pool(reference)
+        gap = "" if arm == reference else "{:+.3f} ± {:.3f}".format(*bootstrap([mine[k] - theirs[k] for k in mine if k in theirs]))
+        lines.append("| {} | {} | {:.3f} ± {:.3f} of {} | {} | {:+.2f} ± {:.2f} |".format(
+            arm, runs[0]["calls"], *bootstrap([*mine.values()]), len(mine), gap, *bootstrap([*pool(arm, "first").values()])))
+    return lines
+
+
+def draw_signal(arms, path):
+    def curves(pattern, x):
+        """The share of right orders of each seed through the arms that match."""
+        found = [(row["seed"], x(match, row), statistics.mean(row["right"].values())) for name, runs in arms.items() if (match := re.fullmatch(pattern, name))
+                 for row in runs if row["right"]]
+        return [sorted((at, share) for s, at, share in found if s == seed) for seed in sorted({seed for seed, *_ in found})]
+
+    number, calls = lambda match, row: float(match[1]), lambda match, row: row["calls"]
+    plot({"alpha": {"all pairs": curves(r"alpha (.*)", number)},
+          "calls a group": {"one order": curves(r"pairs [^,]*", calls), "both orders": curves(r"pairs .*, both orders", calls)},
+          "verdicts for whoever is first, share": {"fixed order": curves(r"order fixed, bias (.*)", number), "random order": curves(r"order random, bias (.*)", number)}}, path)
 
 
 def scaled(curve):

@@ -20,7 +20,7 @@ def plot(panels, path, width=460, height=320):
             mean = [[sum(values) / len(values) for values in zip(*at)] for at in zip(*curves)]
             pen.line([place(*point) for point in mean], fill=ink, width=2)
             pen.text((left + 8, 34 + 15 * row), name, fill=ink, font=font)
-        pen.text((left, height - 24), f"{label} (to {most:,.0f})", fill="black", font=font)
+        pen.text((left, height - 24), f"{label} (to {most:{',.0f' if most > 9 else '.2g'}})", fill="black", font=font)
         pen.text((left - 42, 26), f"{high:.2f}", fill="black", font=font)
         pen.text((left - 42, height - 50), f"{low:.2f}", fill="black", font=font)
     sheet.save(path)

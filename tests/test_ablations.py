@@ -51,9 +51,11 @@ def test_signal_is_what_a_known_judge_makes_of_it(tmp_path, models, monkeypatch,
     for arm in ("alpha 0", "alpha 1", "pairs all", "order fixed, bias 0"):
         assert all(share == 1 for share in rows[arm]["right"].values()), arm
     assert rows["pairs ring:2"]["calls"] == 16 and rows["pairs all, both orders"]["calls"] == 56
-    assert abs(rows["order random, bias 0.4"]["first"] - rows["order random, bias 0"]["first"]) < rows["order fixed, bias 0.4"]["first"] - rows["order fixed, bias 0"]["first"]
+    first = {arm: sum(row["first"].values()) / len(row["first"]) for arm, row in rows.items() if row["first"]}
+    assert abs(first["order random, bias 0.4"] - first["order random, bias 0"]) < first["order fixed, bias 0.4"] - first["order fixed, bias 0"]
     ablations.main(["report", "--results", str(tmp_path / "results.jsonl")])
-    assert "| alpha 0.7 | 28 | 1.000 ± 0.000 |" in capsys.readouterr().out
+    assert "| alpha 0.7 | 28 | 1.000 ± 0.000 of 6 | " in capsys.readouterr().out and (tmp_path / "signal.png").exists()
+    assert (tmp_path / "results.md").read_text().startswith("# What")
 
 
 def test_trained_claims_run_resume_and_report(tmp_path, models, capsys, monkeypatch):
@@ -72,7 +74,7 @@ def test_trained_claims_run_resume_and_report(tmp_path, models, capsys, monkeypa
     rows = run("reward", tmp_path, models, "--long", "1", "--steps", "1", "--extra", grpo.replace("--eval-num", "--eval-every 1 --eval-num"))
     assert [r["arm"] for r in rows[-4:]] == ["alpha 0.7", "win rates", "scores", "a fixed criterion"]
     ablations.main(["report", "--results", str(tmp_path / "results.jsonl")])
-    assert (tmp_path / "reward.png").exists() and "a fixed criterion: " in capsys.readouterr().out
+    assert (tmp_path / "reward.png").exists() and "| a fixed criterion | " in capsys.readouterr().out
 
 
 def test_grounded_counts_the_reasons_that_are_true():
