@@ -253,10 +253,10 @@ def _read_json(said, issues):
     inconsistent. The winner is the value of `winner` in the one outermost JSON object and nothing else: a category's winner is never
     taken for it, and two objects or two values that disagree are undecided. A malformed category costs that category only."""
     found, position, winner, data = [], 0, None, None
-    while len(found) < 20 and (bracket := re.compile(r"[{\[]").search(said, position)):
+    while bracket := re.compile(r"[{\[]").search(said, position):
         found.append(_scan(said, bracket.start()))
         position = bracket.start() + len(found[-1].source)
-    roots = [root for root in found if root.source[0] == "{" and {"winner", "categories"} & root.keys and len(found) < 20]
+    roots = [root for root in found if root.source[0] == "{" and {"winner", "categories"} & root.keys]
     if not roots:
         issues.append("no JSON object with a verdict")
         return None, [], ""

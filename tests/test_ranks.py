@@ -11,7 +11,7 @@ from conftest import ROOT
 from test_sft import preferences, rows, weights
 from tiny_pipelines import make
 
-COMMON = ["--max-steps", "3", "--eval-num", "4", "--max-new-tokens", "8", "--warmup-steps", "1", "--no-bf16", "--optim", "adamw", "--lr", "1e-4"]
+COMMON = ["--max-steps", "2", "--eval-num", "4", "--max-new-tokens", "8", "--warmup-steps", "1", "--no-bf16", "--optim", "adamw", "--lr", "1e-4"]
 SIX = {1: ("2", "3"), 2: ("1", "3"), 3: ("1", "2")}     # ranks -> batch size and accumulation: 6 records a step, which 7 or 8 do not divide by
 
 
@@ -44,7 +44,7 @@ def runs(judge_folder, generator_folder, tmp_path_factory):
                      f"{path}/bright.py:bright", "--num-prompts", "3", "--group-size", "2", "--sde-steps", "2", "--sde-window", "random", "--eval-every", "0",
                      "--lora-rank", "2", "--lora-targets", r"attn\d\.to_q$", "--park-encoders", "--pipe-arg", "num_inference_steps=4", *(f"{k}={v}" for k, v in call.items())]
     modes = {1: {"ddp": stages}, 2: {"ddp": ["sft", "dpolora", "grpo"], "fsdp": ["sft", "dpolora", "generator", "grpo", "wan"]},
-             3: {"ddp": ["sftlora", "generator"], "fsdp": ["sft", "sftlora", "dpo"]}}
+             3: {"ddp": ["sftlora", "generator"], "fsdp": ["sftlora", "dpo"]}}
     for ranks, chosen in modes.items():
         batch, accumulation = SIX[ranks]
         size = ["--batch-size", batch, "--accumulation", accumulation]
@@ -54,28 +54,28 @@ def runs(judge_folder, generator_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("run", ["2-sft-ddp", "2-dpolora-ddp", "2-grpo-ddp", "2-sft-fsdp", "2-dpolora-fsdp", "2-generator-fsdp", "2-grpo-fsdp", "2-wan-fsdp",
-                                 "3-sftlora-ddp", "3-generator-ddp", "3-sft-fsdp", "3-sftlora-fsdp", "3-dpo-fsdp"])
+                                 "3-sftlora-ddp", "3-generator-ddp", "3-sftlora-fsdp", "3-dpo-fsdp"])
 def test_ranks_equal_one_process(run, runs):
     single = f"1-{run.split('-')[1]}-ddp"
     one, many = rows(runs / single), rows(runs / run)
-    assert len(one) == len(many) == 3
+    assert len(one) == len(many) == 2
     zero = 1e-4 if "grpo" in run or "wan" in run else 1e-6           # advantages sum to 0, so GRPO's loss is what rounding leaves
     for a, b in zip(one, many):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=zero) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-6)
     assert min(row["grad_norm"] for row in one) > 0
-    a, b = weights(runs / single, 3), weights(runs / run, 3)
+    a, b = weights(runs / single, 2), weights(runs / run, 2)
     apart = max((a[k] - b[k]).abs().max().item() for k in a)
-    assert apart < 2e-4, apart                       # of 3 steps of 1e-4: Adam's sign may flip where a gradient is nearly 0
+    assert apart < 2e-4, apart                       # of 2 steps of 1e-4: Adam's sign may flip where a gradient is nearly 0
     assert (runs / run / "model").exists()
 
 
 def test_a_failing_rank_ends_the_run_with_its_message(judge_folder, tmp_path):
-    """One bad record, which one of two ranks meets in the first step."""
+    """One bad record, which one of two ranks meets."""
     lines = open(preferences(tmp_path)).read().splitlines()
     bad = json.loads(lines[0]) | {"chosen": "word " * 9000}
     (tmp_path / "bad.jsonl").write_text("\n".join([json.dumps(bad), *lines[1:4]]) + "\n")
     began = time.time()
-    done = launch(2, [["dpo", "--model", judge_folder, "--data", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "run"), *COMMON, "--batch-size", "2"]],
+    done = launch(2, [["dpo", "--model", judge_folder, "--data", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "run"), *COMMON, "--batch-size", "2", "--max-steps", "3"]],
                   check=False)
     assert done.returncode and time.time() - began < 60
     assert "bad.jsonl:1:" in done.stderr and "more than --max-tokens" in done.stderr

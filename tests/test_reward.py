@@ -106,7 +106,7 @@ TEXTS = [   # (what the judge said, the winner, categories read)
     ("<answer>Image 1 or Image 2</answer>", None, 0), ("<answer></answer>Image 1 is better.", None, 0), ("<answer>2</answer>", 2, 0),
     # thinking is no answer; a section's winner is not the overall one
     ('<think>{"winner": "Image 1"} hm no</think><answer>Image 2 is better</answer>', 2, 0), ('<think>Draft: {"winner": "Image 1"} but', None, 0),
-    ("<think>say <answer>Image 1 is better</answer></think>Image 2 is better.", 2, 0), (f"<think>{'[1] ' * 30}{{x}}</think>{GOOD}", 1, 3),
+    ("<think>say <answer>Image 1 is better</answer></think>Image 2 is better.", 2, 0), (f"<think>{'[1] ' * 30}{{x}}</think>{GOOD}", 1, 3), ("[1] {x} " * 30 + GOOD, 1, 3),
     ("**Semantic**\nImage 1 is better.\n\n**Overall**\nImage 2 is better because it shows the star.", None, 0),
     ("Image 1 is better; however Image 2 is best overall", None, 0), ("Image 1 is better? No, I prefer Image 2.", None, 0),
     ('"Image 1 is better." is false.', None, 0), ("I cannot say that\nImage 1 is better.", None, 0), ("Style:\nTie\nOverall, Image 2 is a bit better.", None, 0),
