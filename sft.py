@@ -606,11 +606,11 @@ def draw_verdict(media, texts, path):
     for text in texts:
         text = text.translate(dict.fromkeys(map(ord, "│├└─"), " "))            # the font has no such glyphs
         *_, right, bottom = ImageDraw.Draw(parts[0]).multiline_textbbox((0, 0), text, font=font)
-        parts.append(Image.new("RGB", (math.ceil(right) + 30, math.ceil(bottom) + 20), "white"))
-        ImageDraw.Draw(parts[-1]).multiline_text((0, 10), text, fill="black", font=font)
-    sheet, x = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), "white"), 0
+        parts.append(Image.new("RGB", (math.ceil(right) + 30, math.ceil(bottom) + 10), "white"))
+        ImageDraw.Draw(parts[-1]).multiline_text((0, 0), text, fill="black", font=font)
+    sheet, x = Image.new("RGB", (10 + sum(part.width for part in parts), 10 + max(part.height for part in parts)), "white"), 10
     for part in parts:
-        sheet.paste(part, (x, 0))
+        sheet.paste(part, (x, 10))
         x += part.width
     sheet.save(path)
 

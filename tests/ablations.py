@@ -3,7 +3,7 @@
     python tests/ablations.py signal             alpha, pair budget, order under a position bias, the added category: what they do to advantages
     python tests/ablations.py dpo                preferences with and without both-right pairs
     python tests/ablations.py joint              one judge for comparisons, scores and questions against one for each
-    python tests/ablations.py reward             win rates, scores and a fixed criterion as the reward: which is hacked?
+    python tests/ablations.py reward             win rates, scores and a fixed criterion as the reward: which is hacked? (after joint)
     python tests/ablations.py grpo               alpha, pairs and the added category, trained
     python tests/ablations.py report             tables with 95 % intervals, printed and in .md beside --results, and pictures there
 
@@ -173,7 +173,7 @@ def joint(args, seed):
     exams = {kind: [records[i] for i in range(len(records))] for kind, records in exams.items()}
 
     def run(arm, steps):
-        folder = Path(args.out, f"joint-{seed}-{arm.split(',')[0]}-{steps}")
+        folder = Path(args.out, f"joint-{seed}-{arm}-{steps}")
         records, names = [], [arm] if arm in KINDS else [*KINDS]
         for name in names:
             made = W.Records("train", KINDS[name], 16 * steps // len(names), seed)
@@ -190,8 +190,8 @@ def joint(args, seed):
         numbers["questions"] = statistics.mean(t.strip() == r["response"] for t, r in zip(texts["question"], exams["question"]))
         return numbers
 
-    for arm, times in [(name, 1) for name in KINDS] + [("jointly", 1), ("jointly, three times the steps", 3)]:
-        yield arm, functools.partial(run, arm, times * args.steps)
+    for arm, steps in [(name, args.steps) for name in (*KINDS, "jointly")] + [("jointly", 3 * args.steps)]:
+        yield f"{arm}, {steps} steps", functools.partial(run, arm, steps)
 
 
 def painted(media, prompts):
@@ -220,7 +220,8 @@ def train(args, seed, arm, *options):
 
 
 def reward(args, seed):
-    """GRPO for long, at one judge call a sample: comparisons in ring:1, pointwise scores of a judge that learned nothing else, and `painted`."""
+    """GRPO for long, at one judge call a sample: comparisons in ring:1, pointwise scores of a judge that learned nothing else (which
+    `joint --arms scores` leaves), and `painted`."""
     options = ["--max-steps", args.long, "--eval-every", 6, "--kl", 0]
     pair, scorer = Path(args.models.format(seed=seed), "judge-dpo/model"), Path(args.out, f"joint-{seed}-scores-{args.steps}/model")
     run = functools.partial(train, args, seed)
@@ -335,10 +336,10 @@ def main(argv=None):
     add("--results", default=str(ROOT / "tests/results/ablations.jsonl"), help="a line a run")
     add("--out", default="out/ablations", help="where runs leave their logs and models")
     add("--arms", default="", help="regular expression: only the arms that match")
-    add("--groups", type=int, default=48, help="signal: prompts, of 8 samples each")
+    add("--groups", type=int, default=96, help="signal: prompts, of 8 samples each")
     add("--draws", type=int, default=20, help="signal: schedules drawn of each group")
     add("--pairs", type=int, default=800, help="dpo: pairs that traces are sampled for")
-    add("--steps", type=int, default=400, help="joint: optimizer steps")
+    add("--steps", type=int, default=1200, help="joint: optimizer steps")
     add("--exam", type=int, default=300, help="joint: held-out records of each kind")
     add("--long", type=int, default=48, help="reward: optimizer steps")
     add("--short", type=int, default=16, help="grpo: optimizer steps")

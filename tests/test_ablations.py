@@ -63,10 +63,10 @@ def test_trained_claims_run_resume_and_report(tmp_path, models, capsys, monkeypa
         importlib.import_module(script.removesuffix(".py")).main(["--out", str(out), *map(str, options), *args.extra])
         return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     monkeypatch.setattr(ablations, "stage", here)
-    rows = run("joint", tmp_path, models, "--steps", "1", "--exam", "6", "--arms", "scores|jointly$")
-    assert [r["arm"] for r in rows] == ["scores", "jointly"]
+    rows = run("joint", tmp_path, models, "--steps", "1", "--exam", "6", "--arms", "scores|jointly, 1 ")
+    assert [r["arm"] for r in rows] == ["scores, 1 steps", "jointly, 1 steps"]
     before = (tmp_path / "results.jsonl").read_bytes()
-    run("joint", tmp_path, models, "--steps", "1", "--exam", "6", "--arms", "scores|jointly$")
+    run("joint", tmp_path, models, "--steps", "1", "--exam", "6", "--arms", "scores|jointly, 1 ")
     assert (tmp_path / "results.jsonl").read_bytes() == before                  # nothing is run again
     monkeypatch.setattr(ablations, "ARMS", {"alpha 0.7": ["--alpha", .7]})
     grpo = "--num-prompts 2 --group-size 4 --pairs all --eval-num 4 --max-new-tokens 8 --max-parse-fail 1"
