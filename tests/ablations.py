@@ -275,18 +275,19 @@ def report(args, rows):
             draw_signal(arms, folder / "signal.png")
             lines += ["", "![signal](signal.png)"]
             continue
-        names = {"dpo": ["winner_accuracy_before", "winner_accuracy_after", "swap_consistency_after", "grounded", "pairs", "by_form"], "joint": [*KINDS]}.get(
-            claim, ["true_before", "true_after", "cast_before", "cast_after", "calls"])
+        names = {"dpo": ["winner_accuracy_before", "winner_accuracy_after", "swap_consistency_after", "grounded", "pairs", "by_form"], "joint": [*KINDS],
+                 "reward": ["true_before", "true_after", "cast_before", "cast_after"], "grpo": ["true_before", "true_after", "cast_before", "cast_after", "calls"]}[claim]
         lines += ["| | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
-        for arm, runs in arms.items():
-            lines.append(f"| {arm} | " + " | ".join(" / ".join(f"{row[name]:.4g}" if name in row else "" for row in runs) for name in names) + " |")
-        if claim in ("reward", "grpo"):
-            gains = {arm: {row["seed"]: 100 * (row["true_after"] - row["true_before"]) for row in runs} for arm, runs in arms.items()}
-            reference = gains.get("alpha 0.7", gains.get("win rates", {}))
-            lines += ["", f"| | points gained | against {'alpha 0.7' if 'alpha 0.7' in gains else 'win rates'}, paired by seed |", "|---|---|---|"]
-            for arm, gain in gains.items():
-                paired = [gain[seed] - reference[seed] for seed in gain if seed in reference]
-                gap = "" if gain is reference else "{:+.1f} ± {:.1f}".format(*spread(paired or [math.nan]))
+        for arm, runs in arms.items():                                          # what a joint arm does not learn it is not asked about
+            cells = [[row[name] for row in runs if name in row and (claim != "joint" or row[name])] for name in names]
+            lines.append(f"| {arm} | " + " | ".join(" / ".join(f"{value:.4g}" for value in cell) for cell in cells) + " |")
+        what, reference = {"dpo": ("winner_accuracy", "right over wrong"), "reward": ("true", "win rates"), "grpo": ("true", "alpha 0.7")}.get(claim, ("", ""))
+        gains = {arm: {row["seed"]: 100 * (row[f"{what}_after"] - row[f"{what}_before"]) for row in runs if f"{what}_after" in row} for arm, runs in arms.items()}
+        if reference in gains:
+            lines += ["", f"| | points gained | against {reference}, paired by seed |", "|---|---|---|"]
+            for arm, gain in [(arm, gain) for arm, gain in gains.items() if gain]:
+                paired = [gain[seed] - gains[reference][seed] for seed in gain if seed in gains[reference]]
+                gap = "" if arm == reference else "{:+.1f} ± {:.1f}".format(*spread(paired or [math.nan]))
                 lines.append("| {} | {:+.1f} ± {:.1f} | {} |".format(arm, *spread([*gain.values()]), gap))
         if claim == "reward":
             plot({"true to the prompt, step": {arm: [row["curve"] for row in runs] for arm, runs in arms.items()},
