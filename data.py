@@ -242,6 +242,15 @@ def open_media(record):
     return [load_media(m) for m in record[medium_of(record)]]
 
 
+def load_frames(record, item, num_frames, pipe):
+    """The frames of one of the record's media, for a pipeline that makes `num_frames`. ValueError where it has more or fewer."""
+    frames = load_media(item, num_frames + 1)
+    if len(frames) != num_frames:
+        raise ValueError(f"{record.get('where', 'a record')}: {item} has {'more' if len(frames) > num_frames else len(frames)} frames, "
+                         f"{type(pipe).__name__} makes {num_frames}. Cut it, or pass --pipe-arg num_frames=... to a video pipeline")
+    return frames
+
+
 def comparison(record, swap=False):
     """The record as a judge sees it; `swap` shows the second image first."""
     media = open_media(record)
@@ -618,7 +627,7 @@ def sift(args):
             if answers:
                 texts = dict(zip(("first", "second"), shown))
                 return about_texts((SCORE_TEXT, COMPARE_TEXTS)[len(items) - 1], frames[b], criteria=ANSWERING, task=mine[b]["instruction"], **texts)
-            return (Candidate, Comparison)[len(items) - 1](mine[b]["prompt"], *shown)
+            return (Candidate, Comparison)[len(items) - 1](mine[b]["prompt"], *map(load_media, shown))
 
         meets, scores = [], [None] * len(mine)
         for number in numbers:

@@ -17,7 +17,6 @@ Legend: B pairs, T tokens, V vocabulary, C F H W latent of F frames.
 import argparse
 import contextlib
 import copy
-import inspect
 import random
 import time
 from pathlib import Path
@@ -27,12 +26,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from data import (TOYS, WINNERS, batch_indices, build_preferences, comparison, encode, in_world, know_toy_classes, open_records, read_records, toy_world,
-                  write_jsonl)
-from reward import Candidate, Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
+from data import (TOYS, WINNERS, batch_indices, build_preferences, comparison, encode, in_world, know_toy_classes, load_frames, medium_of, open_records, read_records,
+                  toy_world, write_jsonl)
+from reward import Candidate, Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict
 # toolbox and driver from sft.py; paste those blocks here to stand alone
 from sft import (Log, adapters_off, denoisers, draw_before_after, draw_curves, draw_verdict, encode_media, enter, frozen_dtype, gather, generator, has_bf16,
-                 load_checkpoint, load_pipeline, make_optimizers, need, optimizer_step, peak_gib, pipe_arg, predict, prediction_type, prepare_training,
+                 load_checkpoint, load_pipeline, make_optimizers, need, num_frames_of, optimizer_step, peak_gib, pipe_arg, predict, prediction_type, prepare_training,
                  sample_shares, save_adapter, save_checkpoint, save_judge, save_pipeline, seeded_noise, set_lr, shard, start_ranks, token_logps, total,
                  trainable)
 
@@ -311,19 +310,10 @@ class Generator:
     def encode_pairs(self):
         """Clean latents of all records, (N, 2, ...) on the CPU, winners first. The ranks encode shares, a batch at a time."""
         size = {k: v for k, v in self.args.pipe_arg.items() if k in ("height", "width")}
-        option = inspect.signature(type(self.pipe).__call__).parameters.get("num_frames")
-        num_frames, latents = self.args.pipe_arg.get("num_frames", option.default) if option else 1, {}
-
-        def frames_of(record, path):
-            frames = load_media(path, num_frames + 1)
-            if len(frames) != num_frames:
-                raise ValueError(f"{record.get('where', 'a record')}: {path} has {'more' if len(frames) > num_frames else len(frames)} frames, "
-                                 f"{type(self.pipe).__name__} makes {num_frames}. Cut it, or pass --pipe-arg num_frames=... to a video pipeline")
-            return frames
-
+        num_frames, latents = num_frames_of(self.pipe, self.args.pipe_arg), {}
         for start in range(0, len(self.records), per_round := self.args.batch_size * self.ranks.world):
             mine = range(len(self.records))[start + self.ranks.rank:start + per_round:self.ranks.world]
-            media = [frames_of(r, m) for r in (self.records[i] for i in mine) for m in (r.get("videos") or r["images"])[::3 - 2 * WINNERS[r["winner"]]]]
+            media = [load_frames(r, m, num_frames, self.pipe) for r in (self.records[i] for i in mine) for m in r[medium_of(r)][::3 - 2 * WINNERS[r["winner"]]]]
             found = encode_media(self.pipe, media, **size).cpu().unflatten(0, (-1, 2)) if mine else []
             latents.update(gather(zip(mine, found), self.ranks))
         return torch.stack([latents[i] for i in range(len(self.records))])

@@ -33,6 +33,7 @@ def parse_args(argv=None):
     # model
     add("--model", help="folder or hub id of the diffusers pipeline to improve  [out/generator-sft/model; video world out/video-...]")
     add("--judge", help="folder, hub id, URLs or FILE.py:function of the judge  [the newest of out/judge-dpo/model and out/judge-sft/model]")
+    add("--template", help="file with the judge's instruction, {prompt} and {medium} in it; default: what lies in its folder, or reward.TEMPLATE")
     # data
     add("--data", default="toy", help="prompts: a text file, one a line, a CSV column or JSONL; toy: made as needed")
     add("--data-num", type=int, default=4000, help="toy prompts to draw from")
@@ -326,7 +327,8 @@ def open_models(args, ranks):
         need(args.judge or "out/", "python sft.py" + film)
     try:
         args.judge = args.judge or (str(find_judge("video-" * (args.world == "video"))) if asks else None)
-        judge = open_judge(args.judge, args.max_new_tokens, batch_size=args.judge_batch) if args.judge else None
+        template = args.template and Path(args.template).read_text(encoding="utf-8")
+        judge = open_judge(args.judge, args.max_new_tokens, batch_size=args.judge_batch, template=template) if args.judge else None
         rewards, watched = open_rewards(args.reward, judge), open_rewards(args.watch, judge) if args.watch else []
         if any(name == "flex" for _, name, _ in watched):
             raise ValueError("--watch flex: it takes rewards that give each sample a number; the judge's win rate is measured anyway")
@@ -362,7 +364,8 @@ def win_rate_over(judge, media, others, records, seed, ranks):
     rng = random.Random(seed)
     flips = [rng.random() < .5 for _ in media]
     mine = range(ranks.rank, len(media), ranks.world)
-    texts = judge([Comparison(records[i]["prompt"], *((others[i], media[i]) if flips[i] else (media[i], others[i]))) for i in mine])
+    shown = [(load_media(others[i]), load_media(media[i]))[::1 if flips[i] else -1] for i in mine]
+    texts = judge([Comparison(records[i]["prompt"], *pair) for i, pair in zip(mine, shown)])
     wins = [.5 if winner == 0 else float((winner == 2) == flips[i]) for i, winner in zip(mine, [parse_verdict(text).winner for text in texts]) if winner is not None]
     num = total(len(wins), ranks)
     return {"win_rate": total(sum(wins), ranks) / num} if num else {}           # a judge that says nothing has no opinion
@@ -445,7 +448,7 @@ def main(argv=None):
             media.update(made + (gather([item for item in made if item[0] // G in split], ranks) if split else []))
             numbers = open_questions(pairs, media, asked, split, G, ranks)
             asked.update(numbers)
-            questions = [(number, Comparison(prompt_of[i], media[i], media[j])) for number, (i, j) in zip(numbers, [pairs[number] for number in numbers])]
+            questions = [(number, Comparison(prompt_of[i], load_media(media[i]), load_media(media[j]))) for number, (i, j) in zip(numbers, [pairs[number] for number in numbers])]
             jobs.append(thread.submit(ask_rewards, judge, rewards, questions, [(n, frames, prompt_of[n]) for n, frames in made]))
         spent["rollout"] = time.time() - clock
 

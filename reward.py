@@ -106,15 +106,15 @@ def find_medium(item, folder):
 
 def load_media(item, num_frames=8):
     """A list of PIL images: one of an image file or a data URL; up to `num_frames`, sampled uniformly, of a GIF, an mp4 (or what else `av`
-    reads) or a folder of frames. What is in memory, an image or a list of frames, stays as it is. ValueError names what cannot be read."""
-    if isinstance(item, (Image.Image, list)):
-        return item if isinstance(item, list) else [item]
+    reads), a folder of frames or a list of them in memory, where an image may be, too. ValueError names what cannot be read."""
     if num_frames < 1:
         raise ValueError(f"num_frames is {num_frames}; expected at least 1")
 
     def sample(num):                                                            # which of num frames
         return torch.linspace(0, num - 1, min(num, num_frames), dtype=torch.float64).round().int().tolist()
 
+    if isinstance(item, (Image.Image, list)):
+        return [item[i] for i in sample(len(item))] if isinstance(item, list) else [item]
     text, path, kind = str(item), Path(item), Path(item).suffix.lower()
     try:
         if text.startswith("data:"):
@@ -706,7 +706,7 @@ def open_rewards(text, judge=None):
             found = None
         elif name == "score":
             found = lambda media, prompts: [math.nan if (score := parse_score(text)).value is None else score.value
-                                            for text in judge(list(map(Candidate, prompts, media)))]
+                                            for text in judge(list(map(Candidate, prompts, map(load_media, media))))]
         elif name.partition("@")[0] == "clip":
             found = clip_reward(name.partition("@")[2] or "openai/clip-vit-large-patch14")
         elif (found := open_function(name)) is None:

@@ -15,8 +15,8 @@ import time
 
 from tqdm import tqdm
 
-from data import batch_indices, comparison, encode, in_world, know_toy_classes, open_records, toy_models, toy_world, WINNERS
-from reward import Candidate, Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict, load_media
+from data import (WINNERS, batch_indices, comparison, encode, in_world, know_toy_classes, load_frames, medium_of, open_records, toy_models, toy_world)
+from reward import Candidate, Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict
 
 # ================================================================================================ toolbox
 # What every stage needs and nobody tweaks per stage. Plain arguments in, no name from outside: paste the block to stand alone.
@@ -795,6 +795,13 @@ def denoisers(pipe):
     return {n: getattr(pipe, n) for n in names if getattr(pipe, n, None) is not None}
 
 
+def num_frames_of(pipe, call):
+    """How many frames a call of the pipeline with the arguments `call` makes; 1 where it makes images."""
+    option = inspect.signature(type(pipe).__call__).parameters.get("num_frames")
+    num, factor = call.get("num_frames", option.default) if option else 1, getattr(pipe, "vae_scale_factor_temporal", None)
+    return num if not factor or num % factor == 1 else num // factor * factor + 1           # as Wan rounds it
+
+
 @torch.no_grad()
 def encode_media(pipe, media, **size):
     """Clean latents of media, lists of PIL frames, in the shape the pipeline denoises: the VAE's mean, shifted and scaled as its configuration says,
@@ -1008,8 +1015,8 @@ class Generator:
             self.pipe = load_pipeline(args.model, ranks.device, frozen_dtype(ranks, args.bf16, args.lora_rank or args.adapter))
         self.modules, self.args = {f"{name}.": module for name, module in denoisers(self.pipe).items()}, args
         self.records = list(open_records(args.data, "image", args.data_num, args.seed, args.skip_bad))
-        size = {k: v for k, v in args.pipe_arg.items() if k in ("height", "width")}
-        self.latents = torch.cat([encode_media(self.pipe, [load_media(r.pop("videos" if "videos" in r else "images")[0]) for r in self.records[i:i + 256]], **size)
+        size, length = {k: v for k, v in args.pipe_arg.items() if k in ("height", "width")}, num_frames_of(self.pipe, args.pipe_arg)
+        self.latents = torch.cat([encode_media(self.pipe, [load_frames(r, r.pop(medium_of(r))[0], length, self.pipe) for r in self.records[i:i + 256]], **size)
                                   for i in range(0, len(self.records), 256)])   # (N, ...)
 
     def batch(self, indices, step):

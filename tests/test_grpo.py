@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch.distributions import Normal
 
 import grpo
@@ -212,6 +213,24 @@ def test_kl_is_0_at_the_base_and_grows_away_from_it(generator_folder, judge_fold
     assert kl[0] == 0 < kl[1]
     with pytest.raises(SystemExit):
         grpo.parse_args(["--kl", ".1", "--lora-rank", "0"])
+
+
+def test_a_judge_sees_8_frames_of_a_long_clip_as_in_its_training():
+    clips, seen = [[Image.new("RGB", (8, 8), (t, 0, 0)) for t in range(33)] for _ in range(2)], []
+    found = grpo.win_rate_over(lambda questions: seen.extend(questions) or ["Image 1 is better."], clips[:1], clips[1:], [{"prompt": "a cat"}], 0, sft.start_ranks())
+    assert found["win_rate"] in (0, 1)
+    for medium in seen[0][1:]:
+        assert [frame.getpixel((0, 0))[0] for frame in medium] == [0, 5, 9, 14, 18, 23, 27, 32]
+
+
+def test_the_judges_wording_is_an_option(generator_folder, tmp_path, monkeypatch):
+    (tmp_path / "words.txt").write_text("Which is better for {prompt}?")
+
+    def found(judge, num, **options):
+        raise ValueError(options["template"])
+    monkeypatch.setattr(grpo, "open_judge", found)
+    with pytest.raises(SystemExit, match="Which is better for"):
+        grpo.main([*GRPO, "--model", generator_folder, "--judge", "http://localhost:1", "--template", str(tmp_path / "words.txt"), "--out", str(tmp_path / "run")])
 
 
 def test_too_many_undecided_verdicts_stop_the_run_and_show_one(generator_folder, judge_folder, tmp_path):
