@@ -271,7 +271,7 @@ def test_functions_tests_options_and_headings_that_the_readme_names_exist():
     asked = set(re.findall(r"`(test_\w+)`", README))
     assert len(asked) > 25 and asked - defined == set()
     sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/bench_*.py"), ROOT / "tests/ablations.py"])
-    spans = [code for code in re.findall(r"`([^`\n]*)`", README) if not code.startswith(("vllm", "--resume_", "--use_", "--sp_"))]     # other people's
+    spans = [code for code in re.findall(r"`([^`\n]*)`", README) if not code.startswith(("vllm", "pip", "--resume_", "--use_", "--sp_"))]     # other people's
     options = {option for code in spans for option in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", code)}
     assert len(options) > 40 and [o for o in options if f'"--{o}"' not in sources and f'"--{o.removeprefix("no-")}"' not in sources] == []
     logged = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", README[README.index("## Troubleshooting"):]))
