@@ -55,7 +55,7 @@ def stage(args, script, out, *options):
 
 
 def signal(args, seed):
-    """Verdicts on all ordered pairs of groups of samples, once; then what each way of asking makes of them. Yields (arm, how to measure it).
+    """Verdicts on all ordered pairs of groups of samples, once; then what each way of asking makes of them.
 
     The measure is how often a sample that is true to its prompt gets a higher advantage than one of its group that is not (an equal one counts
     half; .5 is chance), {group: share} of the groups that hold both."""
@@ -122,7 +122,7 @@ def grounded(trace, record):
 def dpo(args, seed):
     """Four traces of each of args.pairs pairs. Where all are right, they are ranked by how many of their reasons are true of the images: the
     strong judge of the paper, which only a toy world has for nothing. What can be checked in the text alone, dpo.py's default, tells apart
-    `by_form` of them."""
+    `by_form` of them. `grounded` is the share of true reasons in greedy verdicts."""
     models, folder = Path(args.models.format(seed=seed)), Path(args.out, f"dpo-{seed}")
 
     @functools.cache
@@ -269,7 +269,7 @@ def report(args, rows):
         by.setdefault(row["claim"], {}).setdefault(row["arm"], []).append(row)
     for claim, arms in by.items():
         seeds = sorted({row["seed"] for runs in arms.values() for row in runs})
-        lines += ["", f"## {claim}", "", f"Seeds {', '.join(map(str, seeds))}, in this order between slashes; ± is half of a 95 % interval.", ""]
+        lines += ["", f"## {claim}", "", " ".join(CLAIMS[claim].__doc__.split()), "", f"Seeds {', '.join(map(str, seeds))}, in this order between slashes; ± is half of a 95 % interval over {'the groups of all seeds' if claim == 'signal' else 'seeds'}.", ""]
         if claim == "signal":
             lines += signal_table(arms)
             draw_signal(arms, folder / "signal.png")
