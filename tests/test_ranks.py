@@ -31,7 +31,7 @@ def runs(judge_folder, generator_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("ranks")
     (path / "bright.py").write_text("import numpy as np\nbright = lambda media, prompts: [float(np.asarray(frames[0]).mean()) for frames in media]\n")
     stages = {"sft": ["sft", "--model", judge_folder], "sftlora": ["sft", "--model", judge_folder, "--lora-rank", "4"],
-              "generator": ["sft", "--task", "generator", "--data-num", "7"],
+              "generator": ["sft", "--task", "generator", "--model", generator_folder, "--data-num", "7"],
               "dpo": ["dpo", "--model", judge_folder, "--data", preferences(path), "--lora-rank", "0"],
               "dpolora": ["dpo", "--model", judge_folder, "--data", preferences(path), "--lora-rank", "4", "--precompute-ref"],
               "grpo": ["grpo", "--model", generator_folder, "--reward", f"{path}/bright.py:bright", "--lora-rank", "4", "--group-size", "3",
