@@ -15,7 +15,7 @@ import time
 
 from tqdm import tqdm
 
-from data import (WINNERS, batch_indices, comparison, encode, in_world, know_toy_classes, load_frames, medium_of, open_records, toy_models, toy_world)
+from data import WINNERS, batch_indices, comparison, encode, in_world, know_toy_classes, load_frames, medium_of, open_records, toy_models, toy_world
 from reward import Candidate, Comparison, LocalJudge, TEMPLATE, evaluate_judge, format_verdict
 
 # ================================================================================================ toolbox
@@ -797,8 +797,10 @@ def denoisers(pipe):
 
 def num_frames_of(pipe, call):
     """How many frames a call of the pipeline with the arguments `call` makes; 1 where it makes images."""
-    option = inspect.signature(type(pipe).__call__).parameters.get("num_frames")
-    num, factor = call.get("num_frames", option.default) if option else 1, getattr(pipe, "vae_scale_factor_temporal", None)
+    option, factor = inspect.signature(type(pipe).__call__).parameters.get("num_frames"), getattr(pipe, "vae_scale_factor_temporal", None)
+    if not option:
+        return 1
+    num = call.get("num_frames", option.default)
     return num if not factor or num % factor == 1 else num // factor * factor + 1           # as Wan rounds it
 
 

@@ -278,8 +278,8 @@ def report(args, rows):
         names = {"dpo": ["winner_accuracy_before", "winner_accuracy_after", "swap_consistency_after", "grounded", "pairs", "by_form"], "joint": [*KINDS],
                  "reward": ["true_before", "true_after", "cast_before", "cast_after"], "grpo": ["true_before", "true_after", "cast_before", "cast_after", "calls"]}[claim]
         lines += ["| | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
-        for arm, runs in arms.items():                                          # what a joint arm does not learn it is not asked about
-            cells = [[row[name] for row in runs if name in row and (claim != "joint" or row[name])] for name in names]
+        for arm, runs in arms.items():                                          # what a joint arm does not learn is not shown
+            cells = [[row[name] for row in runs if name in row and (claim != "joint" or arm.split(",")[0] in (name, "jointly"))] for name in names]
             lines.append(f"| {arm} | " + " | ".join(" / ".join(f"{value:.4g}" for value in cell) for cell in cells) + " |")
         what, reference = {"dpo": ("winner_accuracy", "right over wrong"), "reward": ("true", "win rates"), "grpo": ("true", "alpha 0.7")}.get(claim, ("", ""))
         gains = {arm: {row["seed"]: 100 * (row[f"{what}_after"] - row[f"{what}_before"]) for row in runs if f"{what}_after" in row} for arm, runs in arms.items()}
@@ -292,6 +292,13 @@ def report(args, rows):
         if claim == "reward":
             plot({"true to the prompt, step": {arm: [row["curve"] for row in runs] for arm, runs in arms.items()},
                   "reward in training, each scaled to 0..1, step": {arm: [scaled(row["reward"]) for row in runs] for arm, runs in arms.items()}}, folder / "reward.png")
+            for label, what in (("true to the prompt", "curve"), ("the reward", "reward")):
+                lines += ["", f"The mean of {label} over seeds, at the first step that was measured, every sixth or so after it, and the last"
+                          f"{' (before training on 512 samples, after it on 192 others)' * (what == 'curve')}:", ""]
+                for arm, runs in arms.items():
+                    points = [(at[0][0], statistics.mean(y for _, y in at)) for at in zip(*(row[what] for row in runs))]
+                    shown = points if len(points) < 12 else points[::6] + points[-1:]
+                    lines.append(f"- {arm}: " + ", ".join(f"{y:.3g} at {step}" for step, y in shown))
             lines += ["", "![reward](reward.png)"]
     text = "# What `tests/ablations.py` found\n" + "\n".join(lines) + "\n"
     Path(args.results).with_suffix(".md").write_text(text)

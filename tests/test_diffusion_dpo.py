@@ -213,7 +213,7 @@ def test_two_ranks_with_shards_equal_one_process(tmp_path):
         for a, b in zip(one, two, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-6)
         a, b = weights(tmp_path / f"1-{rank}", 2), weights(tmp_path / f"2-{rank}", 2)
-        assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-4
+        assert max((a[k] - b[k]).abs().max().item() for k in a) < 1.5e-4
         assert (tmp_path / f"2-{rank}" / "model").exists()
 
 

@@ -219,7 +219,9 @@ def test_a_judge_sees_8_frames_of_a_long_clip_as_in_its_training():
     clips, seen = [[Image.new("RGB", (8, 8), (t, 0, 0)) for t in range(33)] for _ in range(2)], []
     found = grpo.win_rate_over(lambda questions: seen.extend(questions) or ["Image 1 is better."], clips[:1], clips[1:], [{"prompt": "a cat"}], 0, sft.start_ranks())
     assert found["win_rate"] in (0, 1)
-    for medium in seen[0][1:]:
+    score, = reward.open_rewards("score", lambda questions: seen.extend(questions) or ["Final Score: 3"])
+    assert reward.reward_values(score, clips[:1], ["a cat"]).tolist() == [3]
+    for medium in [*seen[0][1:], seen[1].media]:
         assert [frame.getpixel((0, 0))[0] for frame in medium] == [0, 5, 9, 14, 18, 23, 27, 32]
 
 

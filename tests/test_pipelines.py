@@ -26,6 +26,16 @@ def options(*extra):
     return grpo.parse_args(["--sde-steps", "2", "--no-shared-noise", *extra])
 
 
+def test_media_for_training_have_as_many_frames_as_the_pipeline_makes(family, tmp_path):
+    pipe, args = family
+    call = {**args, "output_type": "pil", "prompt": PROMPTS}
+    frames = sft.frames_of(sft.run(pipe, **call))[0]
+    assert len(frames) == sft.num_frames_of(pipe, call)
+    assert data.load_frames({}, frames, len(frames), pipe) == frames
+    with pytest.raises(ValueError, match="films.jsonl:3: .* has more frames"):
+        data.load_frames({"where": "films.jsonl:3"}, frames * 2, len(frames), pipe)
+
+
 def test_eta_0_is_the_stock_sampler(family):
     pipe, args = family
     seeds = [(7, i) for i in range(len(PROMPTS))]

@@ -65,7 +65,7 @@ def test_ranks_equal_one_process(run, runs):
     assert min(row["grad_norm"] for row in one) > 0
     a, b = weights(runs / single, 2), weights(runs / run, 2)
     apart = max((a[k] - b[k]).abs().max().item() for k in a)
-    assert apart < 2e-4, apart                       # of 2 steps of 1e-4: Adam's sign may flip where a gradient is nearly 0
+    assert apart < 1.5e-4, apart                     # of 2 steps of 1e-4: Adam's sign may flip where a gradient is nearly 0
     assert (runs / run / "model").exists()
 
 
