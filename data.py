@@ -1,104 +1,57 @@
-"""Records in, batches out: preference pairs, verdict traces and preferences between traces, from JSONL or from the toy world.
+"""Records in, batches out, and the builders of training data that ask judges.
 
-    python data.py check FILE.jsonl                                   counts and lengths, or the first bad line with its reason
-    python data.py toy FILE.jsonl --kind pair --split test            toy records as files, to look at and to try everything on
-    python data.py distill PAIRS --teacher URL --out traces.jsonl     a teacher's verdicts that agree with people's: for sft.py
-    python data.py rank PAIRS --policy FOLDER --out prefer.jsonl      a judge's own traces, right over wrong: for dpo.py
-    python data.py sift PROMPTS --model PIPELINE --out pairs.jsonl    the best and the worst of a generator's samples: for dpo.py
+    python data.py check FILE                                             names the first bad line
+    python data.py distill PAIRS --teacher URL --out traces.jsonl         for sft.py
+    python data.py rank PAIRS --model JUDGE --out preferences.jsonl       for dpo.py
+    python data.py sift QUESTIONS --model VLM --out preferences.jsonl     for dpo.py
 
-A file holds one JSON object a line. Paths in it are relative to the file. What neighbours write is read too: see `normalise`.
-    pair         {"prompt", "images": [first, second], "winner": "Image 1" | "Image 2" | "Tie"}      (or "videos", "Video 1" ...)
-    trace        {"prompt", "images", "response"}                     the verdict to imitate; with "instruction": any other task
-    preference   {"prompt", "images", "chosen", "rejected"}           two verdicts on the same pair; "instruction": as in a trace
-    question     {"instruction" or "question", "images"}              to be answered by a vision-language model
-    prompt       {"prompt"}                                           for generators; a .txt file or a .csv column "prompt" as well;
-                                                                      "source": an image to edit or animate
-    image        {"prompt", "images": [one]}                          a captioned image for a base generator
-A video is an mp4, a GIF or a folder of frames. Legend: B records, T tokens, N candidates of a prompt.
+A file holds one JSON object a line. Paths in it are relative to the file.
+    pair         {"prompt", "images": [first, second], "winner": "Image 1" | "Image 2" | "Tie"}
+    trace        {"prompt", "images", "response"}             the verdict to imitate
+    preference   {"prompt", "images", "chosen", "rejected"}   two verdicts on the same pair
+    question     {"instruction" or "question", "images"}      for a vision-language model to answer
+    image        {"prompt", "images": [one]}                  a captioned image for a base generator
+    prompt       {"prompt"} for generators, "source": an image to edit or animate; a .txt file with
+                 a prompt a line, or a .csv file with a column "prompt", as well
+Videos: "videos" for "images" and "Video 1" for "Image 1"; an mp4, a GIF or a folder of frames. A
+trace or preference with "instruction" in place of "prompt" is of any other task. The records of
+ShareGPT, TRL and Diffusion-DPO are read as they are. Shapes: B records, T tokens, N candidates.
 """
 import argparse
 import csv
 import hashlib
-import importlib
+import inspect
 import json
+import math
 import os
 import random
 import re
 import shutil
-import statistics
-import sys
 from collections import Counter
+from functools import partial
+from itertools import permutations
 from pathlib import Path
 
-import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers.utils import logging
 
-from reward import (Candidate, Comparison, Failure, build_messages, chat_text, find_judge, find_medium, instruction, load_media, load_processor, open_judge,
-                    parse_score, parse_verdict, schedule_pairs, win_rates)
+from reward import (Candidate, Comparison, Failure, ServerJudge, build_messages, chat_text,
+                    find_medium, latest_judge, load_judge, load_media, parse_verdict, win_rates)
 
-FIELDS = {"preference": ["chosen", "rejected"], "trace": ["response"], "pair": ["winner"], "question": ["instruction"], "image": ["images"], "prompt": []}
-TOYS = {"toy": "image", "toy-video": "video"}        # a source of records -> the world they are of
+KINDS = {  # the fields of a kind beside prompt and media; a record is of the first kind that fits
+    "preference": ["chosen", "rejected"], "trace": ["response"], "pair": ["winner"],
+    "question": ["instruction"], "image": [], "prompt": []}
 WINNERS = {"Image 1": 1, "Image 2": 2, "Video 1": 1, "Video 2": 2, "Tie": 0}
-PLACE = re.compile("<image>|<video>")                # where in an instruction a medium stands; without any, all come first
+PLACE = re.compile("<image>|<video>")   # of a medium in an instruction of another project
+CHUNK = 128                             # records that are judged at a time, their media in memory
 
 
-# ---------------------------------------------------------------- records
-
-def normalise(record):
-    """The record in our own form, also from ShareGPT's "conversations" (LLaMA-Factory), TRL's "messages" or "prompt" with "chosen" and
-    "rejected" or "completion", as text or messages, and Diffusion-DPO's {caption, jpg_0, jpg_1, label_0}.
-
-    What the user asks becomes "instruction", the system's words before it; where it is reward.TEMPLATE about a prompt, "prompt". Media are
-    paths, data URLs, {"path"}, {"url"} or {"bytes": base64}. ValueError: conversations of several turns, places without media."""
-    names = {"image": "images", "video": "videos", "completion": "response"} | ({} if "prompt" in record else {"question": "instruction", "caption": "prompt"})
-    record, inside = {names.get(k, k): v for k, v in record.items()}, []        # media that stand in messages
-    if "jpg_0" in record:
-        winner = {1: "Image 1", 0: "Image 2", .5: "Tie"}.get(label := record.pop("label_0", None))
-        if winner is None:
-            raise ValueError(f"'label_0' is {label!r}. Expected 1, where jpg_0 is preferred, 0 or 0.5.")
-        record |= {"images": [record.pop("jpg_0"), record.pop("jpg_1")], "winner": winner}
-
-    def turns(said):
-        """[(role, text), ...] of a text, a turn or a list of turns."""
-        out = []
-        for turn in said if isinstance(said, list) else [said]:
-            turn = {"role": "user", "content": turn} if isinstance(turn, str) else turn
-            role, content = turn.get("role") or turn["from"], turn["content"] if "content" in turn else turn["value"]
-            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            inside.extend(part[part["type"]] for part in parts if part["type"] != "text" and part.get(part["type"]))
-            text = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
-            out.append(({"human": "user", "gpt": "assistant"}.get(role, role), text))
-        return out
-
-    asked = record.pop("conversations", None) or record.pop("messages", None)
-    if asked is None and (isinstance(record.get("prompt"), list) or PLACE.search(str(record.get("prompt"))) and {"chosen", "response"} & {*record}):
-        asked = record.pop("prompt")
-    if asked is None and "prompt" not in record and isinstance(record.get("chosen"), list):
-        asked = record["chosen"][:-1]                # both conversations begin alike
-    system = record.pop("system", None) if asked else None
-    asked = [("system", system)] * bool(system) + turns(asked or [])
-    if asked and asked[-1][0] == "assistant":
-        record["response"] = asked.pop()[1]
-    record |= {k: turns(record[k])[-1][1] for k in ("chosen", "rejected", "response") if isinstance(record.get(k), (list, dict))}
-    media = record.get(name := "videos" if "videos" in record else "images") or inside
-    media = [m if not isinstance(m, dict) else f"data:image;base64,{m['bytes']}" if m.get("bytes") else m.get("url") or m["path"]
-             for m in (media if isinstance(media, list) else [media])]
-    record |= {name: media} if media else {}
-    if not asked:
-        return record
-    if [role for role, _ in asked] not in (["user"], ["system", "user"]):
-        raise ValueError(f"the turns are of {', '.join(str(role) for role, _ in asked)}. Expected one user's and one assistant's, a system's before at most.")
-    text = "\n\n".join(text for _, text in asked)
-    front = re.match(rf"(\s*({PLACE.pattern}))*\s*", text)[0]
-    if len(PLACE.findall(text)) == len(PLACE.findall(front)) == len(media):     # all in front need no places
-        text = text[len(front):]
-    for head, tail in (instruction("{prompt}", medium).split("{prompt}") for medium in ("Image", "Video")):
-        if text.startswith(head) and text.rstrip().endswith(tail) and len(media) == 2:
-            return {**record, "prompt": text.rstrip()[len(head):-len(tail)]}
-    return {**record, "instruction": text}
-
+# ------------------------------------------------------------------------------------------------
+# records
 
 def medium_of(record):
     """The name of the field that holds its media."""
@@ -106,246 +59,529 @@ def medium_of(record):
 
 
 def kind_of(record):
-    """The kind of a normalised record: the first of FIELDS whose fields it has."""
-    return next(kind for kind, names in FIELDS.items() if record.keys() >= {*names} or kind == "image" and "videos" in record)
+    """The kind of a record in our own form."""
+    for kind, fields in KINDS.items():
+        if record.keys() >= set(fields) and (kind != "image" or medium_of(record) in record):
+            return kind
 
 
-def check_record(record, kind, folder=Path()):
-    """The record normalised, with absolute media paths, of whatever kind it is where that is None. ValueError: what was seen and the fix."""
-    def expect(ok, what, fix):
-        if not ok:
-            raise ValueError(f"{what}. {fix}")
-
-    expect(isinstance(record, dict), f"a {type(record).__name__}", "Expected one JSON object a line.")
+def check_record(record, kind=None, folder=Path()):
+    """The record in our own form, its media as paths in `folder`. kind None: whatever kind it is.
+    ValueError: what was seen and what was expected."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__}. Expected one JSON object a line.")
     try:
-        record = normalise(record)
+        record = normalize_record(record)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"a record of no known form ({error!r}).") from None
     kind = kind or kind_of(record)
-    asked = "instruction" if "instruction" in record or kind == "question" else "prompt"
-    for name in [asked] + [f for f in FIELDS[kind] if f in ("response", "chosen", "rejected")]:
+    task = "instruction" if "instruction" in record or kind == "question" else "prompt"
+    for name in [task, *KINDS[kind]]:
         value = record.get(name)
-        expect(isinstance(value, str) and value.strip(), f"'{name}' is {value!r}", f"A {kind} record needs it as non-empty text.")
-    if kind == "pair":
-        expect(record.get("winner") in WINNERS, f"'winner' is {record.get('winner')!r}", "Expected 'Image 1', 'Image 2' or 'Tie'.")
-    if kind == "preference":
-        expect(record["chosen"] != record["rejected"], "'chosen' equals 'rejected'", "Drop the line: it prefers nothing.")
+        if name != "winner" and not (isinstance(value, str) and value.strip()):
+            raise ValueError(f"'{name}' is {value!r}. A {kind} record needs it as non-empty text.")
+    if kind == "pair" and str(record.get("winner")) not in WINNERS:
+        raise ValueError(f"'winner' is {record.get('winner')!r}. "
+                         "Expected 'Image 1', 'Image 2' or 'Tie'.")
+    if kind == "preference" and record["chosen"] == record["rejected"]:
+        raise ValueError("'chosen' equals 'rejected'. Drop the line: it prefers nothing.")
     if kind != "prompt":
+        check_media(record, kind, task)
         name = medium_of(record)
-        media, want = record.get(name), 1 if kind == "image" else None if asked == "instruction" else 2
-        expect(isinstance(media, list) and media and all(isinstance(m, str) for m in media), f"'{name}' is {str(media)[:100]}", "Expected a list of paths.")
-        expect(want in (None, len(media)), f"'{name}' holds {len(media)} paths", f"A {kind} record needs {want}.")
-        places = len(PLACE.findall(record[asked])) if want is None else 0
-        expect(places in (0, len(media) * (kind != "question")), f"{places} of <image> and <video> in the text, but {len(media)} media",
-               "Each medium has its place, or none has; those of a question to be sifted come before the text.")
-        record[name] = [find_medium(m, folder) for m in media]
-    if isinstance(record.get("source"), str):
+        record[name] = [find_medium(str(item), folder) for item in record[name]]
+    if "source" in record:
         record["source"] = find_medium(record["source"], folder)
     return record
 
 
-def read_records(path, kind, skip_bad=False):
-    """All records of a JSONL file (for prompts a text file or a CSV with a column "prompt" too), checked; kind None: each as the kind it is.
-    "where" in a record is its file and line. ValueError names the first bad line; `skip_bad` drops bad lines and prints how many."""
-    path, records, bad = Path(path), [], []
+def check_media(record, kind, task):
+    """Removes "<image>" before an instruction's text. ValueError: a number of media that does not
+    fit the kind, media inside the text."""
+    name = medium_of(record)
+    num = len(record[name]) if isinstance(record.get(name), list) else 0
+    expected = 1 if kind == "image" else 2 if task == "prompt" else max(num, 1)
+    if num != expected:
+        raise ValueError(f"'{name}' holds {num} paths. A {kind} record needs {expected}.")
+    if task == "instruction":
+        places = len(PLACE.findall(record[task]))
+        record[task] = re.sub(rf"^(\s*({PLACE.pattern}))+\s*", "", record[task])
+        if places not in (0, num) or PLACE.search(record[task]):
+            raise ValueError(f"{places} of <image> and <video> in the text, but {num} media. Each "
+                             "stands before the text, or none does.")
+
+
+def read_records(path, kind=None):
+    """All records of a .jsonl, .txt or .csv file, checked; kind None: each as the kind it is.
+    "where" in a record is its file and line. ValueError names the first bad line."""
+    path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist. Give a JSONL file, or 'toy' for the built-in toy world.")
-    table = path.suffix == ".csv"                    # its first line is the header
-    with open(path, newline="" if table else None, encoding="utf-8") as file:
-        lines = [*csv.DictReader(file)] if table else file.read().split("\n")
-    for number, line in enumerate(lines, 1 + table):
-        if not table and not line.strip():
+        raise ValueError(f"{path} does not exist. Expected a file of {kind or ''} records; "
+                         "`python tests/toy.py` writes those in out/toy.")
+    is_table = path.suffix == ".csv"
+    with open(path, encoding="utf-8", newline="" if is_table else None) as file:
+        lines = list(csv.DictReader(file)) if is_table else file.read().split("\n")
+    records = []
+    for number, line in enumerate(lines, 2 if is_table else 1):
+        if not is_table and not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
-            record = line if table else {"prompt": line} if path.suffix == ".txt" else json.loads(line)
-            records.append({**check_record(record, kind, path.parent), "where": f"{path}:{number}"})
+            if path.suffix == ".txt":
+                line = {"prompt": line}
+            record = line if isinstance(line, dict) else json.loads(line)
+            records.append({**check_record(record, kind, path.parent.absolute()), "where": where})
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error}). A line holds one object.") from None
         except ValueError as error:
-            what = f"not JSON ({error}). Each line holds one whole JSON object." if isinstance(error, json.JSONDecodeError) else error
-            bad.append(f"{path}:{number}: {what}")
-            if not skip_bad:
-                raise ValueError(f"{bad[0]} Fix the line or pass --skip-bad.") from None
-    if bad:
-        print(f"{path}: {len(bad)} bad lines skipped, the first: {bad[0]}", file=sys.stderr)
+            raise ValueError(f"{where}: {error}") from None
     if not records:
         raise ValueError(f"{path}: no {kind or 'good'} records in it.")
     return records
 
 
-def toy_world(world="image"):
-    """The module tests/toy_world.py, or tests/toy_video.py for "video", which stages import only when asked for `toy`."""
-    sys.path.append(str(Path(__file__).parent / "tests"))
-    return importlib.import_module({"image": "toy_world", "video": "toy_video"}[world])
-
-
-def in_world(world, *sources):
-    """(the beginning of the stages' folders, *sources) in a toy world, "image" or "video": there `toy` is the name of its own records."""
-    if world == "image":
-        return "out/", *sources
-    return "out/video-", *("toy-video" + source[3:] if source.split(":")[0] == "toy" else source for source in sources)
-
-
-def toy_models():
-    """The module tests/toy_models.py, makers of the tiny models."""
-    toy_world()
-    import toy_models
-    return toy_models
-
-
-def know_toy_classes(path):
-    """The arguments of a call of the toy pipeline in a folder, {} for other folders. Its codec's class is imported, as from_pretrained wants."""
-    index = Path(path, "model_index.json")
-    text = index.read_text() if index.exists() else ""
-    return toy_models().CALLS[json.loads(text)["_class_name"]] if '"toy_models"' in text else {}
-
-
-def open_records(source, kind, num=None, seed=0, skip_bad=False):
-    """A sequence of records: `toy:SPLIT` (train, val, test, scenes) makes `num` of them, `toy-video:SPLIT` clips, a file gives all it has."""
-    name, _, split = source.partition(":")
-    if name in TOYS:
-        return toy_world(TOYS[name]).Records(split or "train", kind, num, seed)
-    return read_records(source, kind, skip_bad)
-
-
-def row_of(record, path, number):
-    """The record as a line of the JSONL file `path`. Media in memory go to images/ or videos/ beside it: an image as a PNG named by file and
-    `number`, the list of a video's frames as a folder of PNGs. Paths are made absolute."""
-    name, media = medium_of(record), []
-    for k, item in enumerate(record.get(name, []), 1):
-        place = f"{name}/{path.stem}_{number:06d}_{k}"
-        if isinstance(item, list):
-            shutil.rmtree(path.parent / place, ignore_errors=True)
-            (path.parent / place).mkdir(parents=True)
-            for i, frame in enumerate(item):
-                frame.save(path.parent / place / f"{i:04d}.png")
-        elif isinstance(item, Image.Image):
-            place += ".png"
-            (path.parent / name).mkdir(parents=True, exist_ok=True)
-            item.save(path.parent / place)
-        else:
-            place = item if str(item).startswith("data:") else str(Path(item).resolve())
-        media.append(place)
-    row = {k: v for k, v in record.items() if k not in ("where", "toy_prompt")}
-    return json.dumps({**row, name: media} if media else row, default=lambda path: str(path.resolve())) + "\n"
+def save_medium(item, folder, name):
+    """The medium as a record in `folder` names it. An image in memory is saved as the PNG `name`, a
+    list of frames as a folder of PNGs."""
+    target = folder / name
+    if isinstance(item, Image.Image):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        item.save(f"{target}.png")
+        return f"{name}.png"
+    if isinstance(item, list):
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for i, frame in enumerate(item):
+            frame.save(target / f"{i:04d}.png")
+        return name
+    return item
 
 
 def write_jsonl(path, records):
-    """Write records as JSONL, whole or not at all; media as in `row_of`."""
+    """Write records as JSONL atomically, their media in memory to images/ or videos/ beside it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(aside := path.with_name(path.name + ".aside"), "w") as file:
-        file.writelines(row_of(record, path, i) for i, record in enumerate(records))
-    os.replace(aside, path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for number, record in enumerate(records):
+            row = {key: value for key, value in record.items() if key != "where"}
+            name = medium_of(row)
+            if name in row:
+                row[name] = [save_medium(item, path.parent, f"{name}/{path.stem}_{number:06d}_{k}")
+                             for k, item in enumerate(row[name], 1)]
+            file.write(json.dumps(row, default=str) + "\n")
+    os.replace(temporary, path)
 
 
 def open_media(record):
     """The media of a record, in memory: lists of PIL images."""
-    return [load_media(m) for m in record[medium_of(record)]]
-
-
-def load_frames(record, item, num_frames, pipe):
-    """The frames of one of the record's media, for a pipeline that makes `num_frames`. ValueError where it has more or fewer."""
-    frames = load_media(item, num_frames + 1)
-    if len(frames) != num_frames:
-        raise ValueError(f"{record.get('where', 'a record')}: {item} has {'more' if len(frames) > num_frames else len(frames)} frames, "
-                         f"{type(pipe).__name__} makes {num_frames}. Cut it, or pass --pipe-arg num_frames=... to a video pipeline")
-    return frames
+    return [load_media(item) for item in record[medium_of(record)]]
 
 
 def comparison(record, swap=False):
-    """The record as a judge sees it; `swap` shows the second image first."""
-    media = open_media(record)
-    return Comparison(record.get("prompt", ""), *(media[::-1] if swap else media))
+    """The record as a question to a judge; `swap` shows the second medium first."""
+    first, second = open_media(record)
+    if swap:
+        return Comparison(record.get("prompt", ""), second, first)
+    return Comparison(record.get("prompt", ""), first, second)
 
 
-# ---------------------------------------------------------------- batches
+def swap_at_random(record, rng):
+    """The pair with its media in a random order, the label moved along."""
+    if rng.random() < 0.5:
+        return record
+    name = medium_of(record)
+    winner = record["winner"].translate(str.maketrans("12", "21"))
+    return {**record, name: record[name][::-1], "winner": winner}
 
-def batch_indices(records, batch_size, step, seed, window=1):
-    """The `batch_size` record indices of global step `step`: a fresh order each epoch, a function of (seed, epoch) alone.
 
-    With a window of several steps, its records are grouped by length, which saves padding, and its batches are shuffled.
-    """
-    def order(epoch):
-        return torch.randperm(len(records), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+# ------------------------------------------------------------------------------------------------
+# records of other projects
 
-    first, place = divmod(step, window)
-    out, position = [], first * window * batch_size
-    while len(out) < window * batch_size:
-        epoch, start = divmod(position + len(out), len(records))
-        out += order(epoch)[start:start + window * batch_size - len(out)]
-    if window > 1:
-        out.sort(key=lambda i: sum(len(v) for v in records[i].values() if isinstance(v, str)))
-    places = torch.randperm(window, generator=torch.Generator().manual_seed(seed * 1_000_003 + first)).tolist()
-    return out[places[place] * batch_size:][:batch_size]
+def normalize_record(record):
+    """The record in our own form, whichever of the known ones it has."""
+    record = dict(record)
+    renamed = {"image": "images", "video": "videos", "completion": "response"}
+    if "prompt" not in record:
+        renamed |= {"question": "instruction", "caption": "prompt"}
+    for name in renamed.keys() & record.keys():
+        record[renamed[name]] = record.pop(name)
+    name = medium_of(record)
+    if isinstance(record.get(name), str):
+        record[name] = [record[name]]
+    if "jpg_0" in record:
+        return from_diffusion_dpo(record)
+    is_chat = isinstance(record.get("prompt", record.get("chosen")), list)
+    if is_chat or "conversations" in record or "messages" in record:
+        return from_chat(record)
+    return record
+
+
+def from_diffusion_dpo(record):
+    """A pair of {"caption", "jpg_0", "jpg_1", "label_0"}."""
+    images = [record.pop("jpg_0"), record.pop("jpg_1")]
+    label = record.pop("label_0", None)
+    if label not in (0, 0.5, 1):
+        raise ValueError(f"'label_0' is {label!r}. Expected 1, where jpg_0 is preferred, 0 or 0.5.")
+    return {**record, "images": images, "winner": {1: "Image 1", 0: "Image 2", 0.5: "Tie"}[label]}
+
+
+def read_turn(turn):
+    """(role, text) of TRL's {"role", "content"} or ShareGPT's {"from", "value"}."""
+    role = turn["role"] if "role" in turn else turn["from"]
+    content = turn["content"] if "content" in turn else turn["value"]
+    if isinstance(content, list):
+        content = "".join(part.get("text", "<image>") for part in content)
+    return {"human": "user", "gpt": "assistant"}.get(role, role), content
+
+
+def from_chat(record):
+    """A trace, preference or question of ShareGPT's "conversations" (LLaMA-Factory), of TRL's
+    "messages" or "prompt", with an answer or "chosen" and "rejected". ValueError: more than one
+    user's turn and a system's before it."""
+    turns = record.pop("conversations", None) or record.pop("messages", None)
+    turns = turns or record.pop("prompt", None) or record["chosen"][:-1]    # both begin alike
+    turns = [read_turn(turn) for turn in turns]
+    if record.get("system"):
+        turns.insert(0, ("system", record.pop("system")))
+    if turns[-1][0] == "assistant":
+        record["response"] = turns.pop()[1]
+    for name in ("response", "chosen", "rejected"):
+        answer = record.get(name)
+        answer = answer[-1] if isinstance(answer, list) else answer
+        if isinstance(answer, dict):
+            record[name] = read_turn(answer)[1]
+    roles = [role for role, _ in turns]
+    if roles not in (["user"], ["system", "user"]):
+        raise ValueError(f"the turns are of {', '.join(map(str, roles))}. Expected one user's and "
+                         "one assistant's, a system's before at most.")
+    return {**record, "instruction": "\n\n".join(text for _, text in turns)}
+
+
+# ------------------------------------------------------------------------------------------------
+# batches
+
+def batch_indices(num_records, batch_size, step, seed):
+    """The `batch_size` record indices of global step `step`: a new order each epoch, a function of
+    (seed, epoch) alone, so that a resumed run needs no state."""
+    indices = []
+    while len(indices) < batch_size:
+        epoch, start = divmod(step * batch_size + len(indices), num_records)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(num_records, generator=generator).tolist()
+        indices += order[start:start + batch_size - len(indices)]
+    return indices
 
 
 def record_messages(record, template=None):
-    """(messages, images) of what a record asks, as reward.build_messages: about its prompt, or its instruction, with media where it has them."""
-    if "instruction" not in record:
-        return build_messages(comparison(record), template)
-    shown, parts = open_media(record), PLACE.split(record["instruction"])
-    if len(parts) == 1:                              # no places: all media come first
-        parts = [""] * len(shown) + parts
-    content = []
-    for part, frames in zip(parts, [*shown, []]):
-        content += [{"type": "text", "text": part}] * bool(part) + [{"type": "image"} for _ in frames]
-    return [{"role": "user", "content": content}], sum(shown, [])
+    """(messages, images) of a record's task, as of reward.build_messages: a comparison under its
+    prompt, or its media and then its instruction as it is."""
+    if "instruction" in record:
+        question = Candidate(record["instruction"], sum(open_media(record), []))
+        return build_messages(question, "{prompt}")
+    return build_messages(comparison(record), template)
 
 
 def encode(processor, records, responses, template=None, max_tokens=8192):
-    """A right-padded batch on the CPU: input_ids, attention_mask, labels (B, T) and whatever the processor makes of the images.
-
-    Labels are the response and the end-of-turn token, -100 elsewhere. A response may be a tuple of several, which then follow one
-    copy of images and prompt one after the other; `segments` (B, T) tells them apart: 0 prompt and padding, 1, 2, ... the responses.
-    Nothing is ever truncated: a record with more than `max_tokens` tokens, an empty response, or a text that holds the image
-    placeholder itself is a ValueError that names its line.
-    """
-    several = not all(isinstance(response, str) for response in responses)
-    responses = [(response,) if isinstance(response, str) else response for response in responses]
-    token, texts, images = getattr(processor, "image_token", None), [], []
-    for record, answers in zip(records, responses):
+    """A right-padded batch on the CPU: input_ids, attention_mask and labels, each (B, T), and what
+    the processor makes of the images. Labels are the response and the end-of-turn token, -100
+    elsewhere. Nothing is truncated: a record of more than `max_tokens` tokens, an empty response or
+    the image placeholder in a text is a ValueError that names the line."""
+    tokenizer = processor.tokenizer
+    placeholder = getattr(processor, "image_token", None)
+    texts = []
+    images = []
+    for record, response in zip(records, responses, strict=True):
         messages, media = record_messages(record, template)
         texts.append(chat_text(processor, messages))
         images.append(media)
-        if not all(answer.strip() for answer in answers):
-            raise ValueError(f"{record.get('where', 'a record')}: an empty response. Remove the line: there is nothing to learn from it.")
-        if token and (texts[-1].count(token) != len(media) or any(token in answer for answer in answers)):
-            raise ValueError(f"{record.get('where', 'a record')}: the text holds the image placeholder {token!r}. Remove it: images are placed "
-                             "by the template.")
-    batch = dict(processor(text=texts, images=images, return_tensors=None))
-    prompts, kinds = batch.pop("input_ids"), batch.pop("mm_token_type_ids", None)           # kinds: 1 at image tokens, where the processor tells
-    batch.pop("attention_mask")
-    targets, segments = [], []                       # of each token of the responses: itself, the number of the response it is in
-    for record, prompt, answers in zip(records, prompts, responses):
-        tokens = [processor.tokenizer(answer + processor.tokenizer.eos_token, add_special_tokens=False)["input_ids"] for answer in answers]
-        targets.append(sum(tokens, []))
-        segments.append([k for k, answer in enumerate(tokens, 1) for _ in answer])
-        if len(prompt) + len(targets[-1]) > max_tokens:
-            raise ValueError(f"{record.get('where', 'a record')}: {len(prompt)} + {len(targets[-1])} tokens, more than --max-tokens "
-                             f"{max_tokens}. Use smaller images, a shorter response, or raise the limit.")
-    longest = max(len(p) + len(t) for p, t in zip(prompts, targets))
-
-    def pad(heads, tails, value):                    # (B, T)
-        return torch.tensor([[*head, *tail] + [value] * (longest - len(head) - len(tail)) for head, tail in zip(heads, tails)])
-
-    def all_of(value, lists):
-        return [[value] * len(some) for some in lists]
-
-    out = {k: torch.cat(v) if isinstance(v, list) and torch.is_tensor(v[0]) else torch.as_tensor(np.asarray(v)) for k, v in batch.items()}
-    out["input_ids"] = pad(prompts, targets, processor.tokenizer.pad_token_id)
-    out["attention_mask"] = pad(all_of(1, prompts), all_of(1, targets), 0)
-    out["labels"] = pad(all_of(-100, prompts), targets, -100)
-    if several:
-        out["segments"] = pad(all_of(0, prompts), segments, 0)
-    if kinds is not None:
-        out["mm_token_type_ids"] = pad(kinds, all_of(0, targets), 0)
-    return out
+        where = record.get("where", "a record")
+        if not response.strip():
+            raise ValueError(f"{where}: an empty response. Remove the line.")
+        if placeholder and (texts[-1] + response).count(placeholder) != len(media):
+            raise ValueError(f"{where}: the text holds the image placeholder {placeholder!r}. "
+                             "Remove it: images are placed by the chat template.")
+    batch = dict(processor(text=texts, images=images, padding=True, padding_side="right",
+                           return_tensors="pt"))
+    input_ids = []
+    labels = []
+    for i, (record, response) in enumerate(zip(records, responses)):
+        prompt = batch["input_ids"][i][batch["attention_mask"][i].bool()]
+        target = tokenizer(response + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        target = torch.tensor(target)
+        if len(prompt) + len(target) > max_tokens:
+            raise ValueError(f"{record.get('where', 'a record')}: {len(prompt)} + {len(target)} "
+                             f"tokens, more than the {max_tokens} of the model. Use smaller images "
+                             "or a shorter response: nothing is truncated.")
+        input_ids.append(torch.cat([prompt, target]))
+        labels.append(torch.cat([torch.full_like(prompt, -100), target]))
+    mask = [torch.ones_like(row) for row in input_ids]
+    batch["input_ids"] = pad_sequence(input_ids, True, tokenizer.pad_token_id)
+    batch["attention_mask"] = pad_sequence(mask, True, 0)
+    batch["labels"] = pad_sequence(labels, True, -100)
+    if "mm_token_type_ids" in batch:                        # 1 at image tokens; responses have none
+        types = torch.zeros_like(batch["labels"])
+        types[:, :batch["mm_token_type_ids"].shape[1]] = batch["mm_token_type_ids"]
+        batch["mm_token_type_ids"] = types
+    return batch
 
 
-# ================================================================================================ builders
-# Each asks a model about a chunk of source records at a time. What a chunk gives is a function of the options and its place alone.
+# ------------------------------------------------------------------------------------------------
+# media of a generator: pipe is a diffusers pipeline, call the arguments of its call
+
+def num_frames_of(pipe, call):
+    """How many frames a call of the pipeline makes; 1 where it makes images."""
+    option = inspect.signature(type(pipe).__call__).parameters.get("num_frames")
+    if option is None:
+        return 1
+    num_frames = call.get("num_frames", option.default)
+    factor = getattr(pipe, "vae_scale_factor_temporal", None)
+    if factor and num_frames % factor != 1:
+        num_frames = num_frames // factor * factor + 1                          # as Wan rounds it
+    return num_frames
+
+
+def source_images(records):
+    """{"image": ...} for the pipeline's call where prompt records carry a source image to edit or
+    animate, else {}: one image where all have the same, else a list."""
+    if "source" not in records[0]:
+        return {}
+    sources = [record["source"] for record in records]
+    if len(set(map(str, sources))) == 1:
+        return {"image": load_media(sources[0])[0]}
+    return {"image": [load_media(source)[0] for source in sources]}
+
+
+def load_frames(record, item, num_frames, name):
+    """The frames of one of the record's media, for the pipeline `name` that makes `num_frames`.
+    ValueError where it has more or fewer."""
+    frames = load_media(item, num_frames + 1)
+    if len(frames) != num_frames:
+        count = "more" if len(frames) > num_frames else len(frames)
+        raise ValueError(f"{record.get('where', 'a record')}: {item} has {count} frames, {name} "
+                         f"makes {num_frames}. Cut it, or pass --pipe-args num_frames=... to a "
+                         "video pipeline")
+    return frames
+
+
+def encode_records(pipe, records, call):
+    """(N, ...) clean latents on the CPU of the one image or video of every record."""
+    num_frames = num_frames_of(pipe, call)
+    latents = []
+    for start in range(0, len(records), 64):
+        media = []
+        for record in records[start:start + 64]:
+            item = record[medium_of(record)][0]
+            media.append(load_frames(record, item, num_frames, type(pipe).__name__))
+        latents.append(encode_media(pipe, media, call).cpu())
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def encode_media(pipe, media, call):
+    """Clean latents of media, lists of PIL frames, as the pipeline denoises them: the mean of the
+    VAE, shifted, scaled and packed. An image VAE sees a video frame by frame: (B, C, F, H, W).
+    ValueError: a pipeline that encodes in another way, media of several sizes without height and
+    width in `call`."""
+    name = type(pipe).__name__
+    vae = getattr(pipe, "vae", None)
+    pack = getattr(pipe, "_pack_latents", None)
+    if vae is None or pack and len(inspect.signature(pack).parameters) != 5:
+        raise ValueError(f"{name} has no VAE or packs latents in a way of its own: media cannot be "
+                         "encoded for it")
+    size = {key: call[key] for key in ("height", "width") if key in call}
+    sizes = {frame.size for frames in media for frame in frames}
+    if not size and len(sizes) > 1:
+        raise ValueError(f"media of different sizes, as {sorted(sizes)[:2]}: pass --pipe-args "
+                         "height=... width=..., to which they are resized")
+    of_video = hasattr(pipe, "video_processor")
+    over_time = any(p.ndim == 5 for p in vae.parameters())          # the VAE convolves over frames
+    processor = pipe.video_processor if of_video else pipe.image_processor
+    resized = []
+    for frames in media:
+        height, width = processor.get_default_height_width(frames[0], **size)
+        resized.append([processor.resize(frame, height, width) for frame in frames])
+    if of_video:
+        pixels = processor.preprocess_video(resized)                # (B, 3, F, H, W)
+        pixels = pixels if over_time else rearrange(pixels, "b c f h w -> (b f) c h w")
+    else:
+        pixels = processor.preprocess([frames[0] for frames in resized])
+        pixels = rearrange(pixels, "b c h w -> b c 1 h w") if over_time else pixels
+    coded = vae.encode(pixels.to(pipe.device, vae.dtype))
+    x = (coded.latent_dist.mode() if hasattr(coded, "latent_dist") else coded.latent).float()
+    config = vae.config
+    shift = torch.tensor(config.get("latents_mean") or config.get("shift_factor") or 0.0)
+    spread = torch.tensor(config.get("latents_std") or 1.0)
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    x = (x - shift.view(shape).to(x)) / spread.view(shape).to(x)
+    x = x * (config.get("scaling_factor") or 1)
+    if pack:
+        return pack(x, *x.shape[:2], *x.shape[-2:])
+    if of_video and not over_time:
+        x = rearrange(x, "(b f) c h w -> b c f h w", b=len(media))
+    return x
+
+
+# ------------------------------------------------------------------------------------------------
+# what the builders share
+
+def build_file(args, records, build):
+    """Write --out from build(records of a chunk, seed) -> [(case, record or None), ...], a function
+    of these alone, and print how often each case occurs.
+
+    OUT.progress is a journal: the options, then a line a chunk. A run that was killed goes on after
+    its last whole line; --out is written at the end. ValueError: other options than before."""
+    out = Path(args.out)
+    journal = Path(f"{args.out}.progress")
+    options = {name: re.sub("^https?://[^#]*", "server", str(value))        # servers move
+               for name, value in vars(args).items() if name != "out"}
+    options["digest"] = hashlib.sha256(Path(args.file).read_bytes()).hexdigest()
+    lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
+    if out.exists() and not lines:
+        raise ValueError(f"{out} is there already, without {journal}. Remove it or name another.")
+    lines = lines or [json.dumps(options)]
+    changes = sorted(json.loads(lines[0]).items() ^ options.items())
+    if changes:
+        raise ValueError(f"{out} was begun with other options: {changes}. Give the same ones, name "
+                         f"another --out, or remove {journal}.")
+    results = sum([json.loads(line) for line in lines[1:]], [])
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with open(journal, "r+" if journal.exists() else "w") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.truncate()                                     # a torn line
+        for start in tqdm(range(len(results), len(records), CHUNK), args.command):
+            chunk = build(records[start:start + CHUNK], f"{args.seed} {start}")
+            file.write(json.dumps(chunk, default=str) + "\n")
+            file.flush()
+            results += chunk
+    rows = [record for _, record in results if record]
+    write_jsonl(out, rows)
+    for case, number in Counter(case for case, _ in results).most_common():
+        print(f"  {case:34s}{number:8d}{number / len(results):8.1%}")
+    print(f"{out}: {len(rows)} records")
+
+
+def ask(judge, questions, temperature, seed, check=True):
+    """A text for each question, a function of the questions and `seed`. ValueError where none of
+    several is answered, unless `check` is off."""
+    number = random.Random(seed).getrandbits(30)
+    torch.manual_seed(number)
+    if isinstance(judge, ServerJudge):
+        judge.body["seed"] = number
+    texts = judge(questions, temperature=temperature)
+    if check and len(texts) > 1 and all(isinstance(text, Failure) for text in texts):
+        raise ValueError(f"none of {len(texts)} questions is answered: {texts[0]}. Mend that, then "
+                         "give the same command again: it goes on")
+    return texts
+
+
+def sample_texts(sample, questions, num):
+    """[`num` texts, ...], one list for each question. sample(questions) -> texts."""
+    texts = sample([question for question in questions for _ in range(num)])
+    return [texts[start:start + num] for start in range(0, len(texts), num)]
+
+
+# ------------------------------------------------------------------------------------------------
+# distill: a teacher's traces
+
+def read_trace(text, winner):
+    """("right", trace) of a text that holds one whole verdict with all three categories and
+    people's `winner`, else ("dropped: ...", None). The trace is the JSON object alone."""
+    if isinstance(text, Failure):
+        return "dropped: failure", None
+    answer = text.rpartition("</think>")[2]
+    trace = answer[answer.find("{"):answer.rfind("}") + 1]  # without fences and words around it
+    try:
+        json.loads(trace)
+    except (ValueError, RecursionError):
+        return "dropped: unparsed", None
+    verdict = parse_verdict(text)
+    anchors = {category.anchor for category in verdict.categories}
+    if verdict.winner is None or not anchors >= {"A", "B", "C"}:
+        return "dropped: unparsed", None
+    return ("right", trace) if verdict.winner == winner else ("dropped: contradicts", None)
+
+
+def distill(args, load):
+    """Traces that --teacher writes of pairs in a random order: of up to --num-samples, the first at
+    temperature 0, the first that agrees with people's choice."""
+    teacher = load(args.teacher)
+
+    def build(pairs, seed):
+        rng = random.Random(seed)
+        records = [swap_at_random(pair, rng) for pair in pairs]
+        questions = [comparison(record) for record in records]
+        results = [("", None)] * len(records)
+        for attempt in range(args.num_samples):
+            left = [i for i, (_, record) in enumerate(results) if not record]
+            temperature = args.temperature if attempt > 0 else 0.0
+            texts = ask(teacher, [questions[i] for i in left], temperature, f"{seed} {attempt}",
+                        check=attempt == 0)
+            for i, text in zip(left, texts):
+                case, trace = read_trace(text, WINNERS[records[i]["winner"]])
+                results[i] = (case, {**records[i], "response": trace} if trace else None)
+        return results
+
+    build_file(args, read_records(args.file, "pair"), build)
+
+
+# ------------------------------------------------------------------------------------------------
+# sift: the best and the worst of N candidates; dpo.py samples those of a generator
+
+def best_of_n(pairs, verdicts, scores, num):
+    """(None, best, worst) of `num` candidates, or (the reason, None, None).
+
+    With scores, Sec. 3 of arXiv 2503.05236: of those who won a comparison the one with the highest
+    score, of those who lost one the one with the lowest, if its score is lower. Without: the
+    highest and the lowest win rate, if they differ; of equals the category rates decide."""
+    winners = []
+    losers = []
+    if scores is not None:
+        values = [(score,) for score in scores]
+        for pair, verdict in zip(pairs, verdicts):
+            if verdict.winner:
+                winners.append(pair[verdict.winner - 1])
+                losers.append(pair[2 - verdict.winner])
+        winners = [i for i in winners if scores[i] is not None]
+        losers = [i for i in losers if scores[i] is not None]
+    else:
+        rates = win_rates(pairs, verdicts, num)
+        values = list(zip(rates.overall.tolist(), rates.category.nan_to_num().tolist()))
+        winners = losers = [i for i in range(num) if not math.isnan(values[i][0])]
+    if not winners or not losers:
+        return "undecided", None, None
+    best = max(winners, key=values.__getitem__)
+    worst = min(losers, key=values.__getitem__)
+    if values[best][0] == values[worst][0]:
+        return "equal", None, None
+    if values[best][0] < values[worst][0]:
+        return "scores contradict", None, None
+    return None, best, worst
+
+
+def pair_of(record, candidates, pairs, verdicts, scores=None, rng=random):
+    """("kept", training record) of N candidates for a record, else ("dropped: ...", None): the best
+    and the worst text as chosen and rejected, or list of frames as a pair in a random order."""
+    reason, best, worst = best_of_n(pairs, verdicts, scores, len(candidates))
+    if any(isinstance(candidate, Failure) for candidate in candidates):
+        reason = "failure"
+    elif reason is None and candidates[best] == candidates[worst]:
+        reason = "alike"
+    if reason:
+        return f"dropped: {reason}", None
+    chosen = candidates[best]
+    rejected = candidates[worst]
+    if isinstance(chosen, str):
+        return "kept", {**record, "chosen": chosen, "rejected": rejected}
+    if len(chosen) > 1:
+        media = {"videos": [chosen, rejected], "winner": "Video 1"}
+    else:
+        media = {"images": [*chosen, *rejected], "winner": "Image 1"}
+    return "kept", swap_at_random({**record, **media}, rng)
+
 
 COMPARE_TEXTS = """\
-Two answers to one task about the images above follow. Decide which is better. A good answer: {criteria}
+Two answers to one task about the images above follow. Decide which is better. A good answer: \
+{criteria}
 
 Task: {task}
 
@@ -353,391 +589,191 @@ Answer 1: {first}
 
 Answer 2: {second}
 
-Answer with one JSON object and nothing else: {"reason": "what decides, in one or two sentences", "winner": "Answer 1 or Answer 2"}"""
-SCORE_TEXT = """\
-Rate an answer to a task about the images above. A good answer: {criteria}
-
-Task: {task}
-
-Answer: {first}
-
-Say briefly what is right and what is not, then end with one line: Final Score: a number from 0 to 100"""
-REASONING = ("what it says of each candidate can be seen there; its categories and sub-dimensions fit this prompt; its scores follow from its reasons, each "
-             "category's winner from the scores, the overall winner from the categories.")
-ANSWERING = "it is right, what it says can be seen in the images, and it answers what was asked, completely and clearly."
+Answer with one JSON object and nothing else: {"reason": "what decides, in one or two sentences", \
+"winner": "Answer 1 or Answer 2"}"""
+GOOD_ANSWER = """it is right, what it says can be seen in the images, and it answers what was \
+asked, completely and clearly."""
+GOOD_REASONING = """what it says of each candidate can be seen there; its categories and \
+sub-dimensions fit this prompt; its scores follow from its reasons, each category's winner from \
+the scores, the overall winner from the categories."""
+JUDGE_TASK = """Two candidates were generated for a prompt. Judge which serves it better, by \
+categories, with reasons and scores. Prompt: """
 
 
-def about_texts(template, frames, **texts):
-    """One of the questions above, with the images: a Candidate for a judge whose score_template is "{prompt}"."""
-    return Candidate(re.sub(r"\{(criteria|task|first|second)\}", lambda name: texts[name[1]], template), frames)
+def rank_texts(judge, records, candidates):
+    """[(case, preference or None), ...] of N texts about each record, verdicts or answers to its
+    instruction: the best and the worst by win rates. All are compared in both orders, so that a
+    judge which goes by the position finds them equal. judge(questions) -> texts; its score_template
+    is "{prompt}"."""
+    questions = []
+    for record, texts in zip(records, candidates):
+        fields = {"criteria": GOOD_REASONING, "task": JUDGE_TASK + record.get("prompt", "")}
+        if "instruction" in record:
+            fields = {"criteria": GOOD_ANSWER, "task": record["instruction"]}
+        images = sum(open_media(record), [])
+        for first, second in permutations(texts, 2):
+            fields |= {"first": first, "second": second}
+            prompt = re.sub(r"\{(\w+)\}", lambda name: fields[name[1]], COMPARE_TEXTS)
+            questions.append(Candidate(prompt, images))
+    verdicts = iter([parse_verdict(text) for text in judge(questions)])
+    results = []
+    for record, texts in zip(records, candidates):
+        pairs = list(permutations(range(len(texts)), 2))
+        results.append(pair_of(record, texts, pairs, [next(verdicts) for _ in pairs]))
+    return results
 
 
-def open_model(args, name, **templates):
-    """The judge by name under the options of the command line."""
-    templates = {"template": args.template and Path(args.template).read_text(), **templates}
-    return open_judge(name, args.max_new_tokens, args.judge_batch, args.concurrency, **templates)
+def sift(args, load):
+    """Preferences between the best and the worst of --num-samples answers of --model."""
+    model = load(args.model, score_template="{prompt}")
+    args.judge = args.judge or latest_judge()
+    judge = load(args.judge, score_template="{prompt}")
+
+    def build(records, seed):
+        questions = []
+        for record in records:
+            questions.append(Candidate(record["instruction"], sum(open_media(record), [])))
+        sample = partial(ask, model, temperature=args.temperature, seed=seed)
+        answers = sample_texts(sample, questions, args.num_samples)
+        return rank_texts(partial(ask, judge, temperature=0.0, seed=seed), records, answers)
+
+    build_file(args, read_records(args.file, "question"), build)
 
 
-def ask(judge, questions, temperature, *seed, again=False):
-    """One text a question, a function of the questions and `seed`. ValueError when not one is answered; `again`: they failed before."""
-    torch.manual_seed(number := random.Random(repr(seed)).getrandbits(30))
-    if hasattr(judge, "body"):                       # a server's
-        judge.body["seed"] = number
-    texts = judge(questions, temperature=temperature)
-    if len(texts) > 1 and not again and all(isinstance(text, Failure) for text in texts):
-        raise ValueError(f"not one of {len(texts)} questions is answered: {texts[0]}. Mend that, then go on with --resume")
-    return texts
-
-
-def swap_at_random(record, *seed):
-    """The record with its two media in a random order, a function of `seed`, and the label moved along."""
-    if random.Random(repr(seed)).random() < .5:
-        return record
-    name = medium_of(record)
-    toy = {"toy": {**record["toy"], "swapped": not record["toy"]["swapped"]}} if "toy" in record else {}
-    return {**record, **toy, name: record[name][::-1], "winner": record["winner"].translate({ord("1"): "2", ord("2"): "1"})}
-
-
-def append_rows(args, records, build):
-    """(counts of the cases that the records fell in, sums of what the chunks counted), after appending what build() makes of them to --out.
-
-    build(numbers of a chunk's records) -> ([(case, record or None), ...], {name: number}). OUT.progress gets a line a chunk: the case of
-    each record, and how many bytes --out has then. A run killed at any moment goes on after the last whole line, and ends in the same
-    bytes as one left alone. ValueError: --out is there without --resume, or was begun with other options.
-    """
-    out, progress, source, done = Path(args.out), Path(f"{args.out}.progress"), Path(args.file), []
-    options = {k: re.sub("^https?://[^#]*", "server", v) if isinstance(v, str) else v for k, v in vars(args).items()         # servers move
-               if k not in ("out", "resume", "concurrency")}
-    options["file"] = f"{source.resolve()} {hashlib.blake2b(source.read_bytes(), digest_size=8).hexdigest()}" if source.is_file() else args.file
-    lines = progress.read_bytes().split(b"\n")[:-1] if progress.exists() else []            # what follows the last newline is torn
-    if out.exists() and not (lines and args.resume):
-        fix = ". Go on with it by --resume, or remove it." if lines else f", without {progress}. Remove it or name another."
-        raise ValueError(f"{out} is there already{fix}")
-    if lines and args.resume:
-        head, *done = map(json.loads, lines)
-        if changed := [f"{k} {head.get(k)!r} -> {v!r}" for k, v in options.items() if head.get(k) != v]:
-            raise ValueError(f"{out} was begun with other options: {', '.join(changed)}. Give the same ones, or another --out.")
-    end, size = done[-1]["end"] if done else 0, out.stat().st_size if out.exists() else 0
-    if size < end:
-        raise ValueError(f"{out} has {size} bytes, but {progress} knows of {end}. Remove both and begin anew.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(progress, "ab") as log, tqdm(total=len(records), initial=min(len(done) * args.chunk, len(records)), desc=args.command) as bar:
-        log.truncate(sum(len(line) + 1 for line in lines) if args.resume else 0)
-        if not (lines and args.resume):
-            log.write(json.dumps(options).encode() + b"\n")
-            log.flush()
-        with open(out, "ab") as file:
-            file.truncate(end)
-            for start in range(len(done) * args.chunk, len(records), args.chunk):
-                numbers = range(start, min(start + args.chunk, len(records)))
-                found, sums = build(numbers)
-                file.writelines(row_of(record, out, i).encode() for i, (_, record) in zip(numbers, found) if record)
-                file.flush()
-                os.fsync(file.fileno())              # the rows first, then the line that counts them
-                done.append({"cases": [case for case, _ in found], "sums": sums, "end": out.stat().st_size})
-                log.write(json.dumps(done[-1]).encode() + b"\n")
-                log.flush()
-                bar.update(len(numbers))
-    return Counter(case for chunk in done for case in chunk["cases"]), sum((Counter(chunk["sums"]) for chunk in done), Counter())
-
-
-# ---------------------------------------------------------------- distill: a teacher's traces
-
-def read_trace(text, winner):
-    """(None, trace) where the text holds one whole verdict, with all anchors and with people's winner, else (the reason, None). The trace is
-    the JSON object alone."""
-    said = text.rpartition("</think>")[2]
-    answer = said[said.find("{"):said.rfind("}") + 1]                           # without fences and words around it
-    verdict = parse_verdict(answer)
-    if isinstance(text, Failure):
-        return "failure", None
-    repaired = {"JSON repaired", "JSON unreadable beyond its winner"} & {*verdict.issues}
-    if None in (parse_verdict(text).winner, verdict.winner) or repaired or not {"A", "B", "C"} <= {c.anchor for c in verdict.categories}:
-        return "unparsed", None
-    return (None, answer) if verdict.winner == winner else ("contradicts", None)
-
-
-def distill(args):
-    """Traces of --teacher on pairs, each shown in a random order; of up to --tries, the first at temperature 0, the first that agrees with
-    people's label."""
-    pairs, toy = open_records(args.file, "pair", args.num, args.seed, args.skip_bad), args.teacher == "toy"
-    teacher = toy_world().teacher if toy else open_model(args, args.teacher)
-
-    def build(numbers):
-        shown = [swap_at_random(pairs[i], args.seed, i) for i in numbers]
-        questions, found = shown if toy else [comparison(pair) for pair in shown], [("", None)] * len(shown)
-        for attempt in range(args.tries):
-            left = [k for k, (_, record) in enumerate(found) if not record]
-            texts = ask(teacher, [questions[k] for k in left], attempt and args.temperature, args.seed, numbers.start, attempt, again=attempt > 0)
-            for k, text in zip(left, texts):
-                reason, trace = read_trace(text, WINNERS[shown[k]["winner"]])
-                found[k] = (f"dropped: {reason}", None) if reason else (f"kept at try {attempt + 1}", {**shown[k], "response": trace})
-        return found, {}
-    return append_rows(args, pairs, build)
-
-
-# ---------------------------------------------------------------- rank: preferences between traces
+# ------------------------------------------------------------------------------------------------
+# rank: preferences between traces
 
 def rank_traces(traces, winner):
-    """(case, best, worst) of the K traces of one pair whose people's label is `winner`; best and worst are None where dropped.
+    """(case, best, worst) of one pair's traces, where `winner` is people's choice; best and worst
+    are None where nothing is preferred.
 
-    Sec. 3.2 of arXiv 2602.02380: right over wrong; all right: the better reasoning; all wrong: dropped. "Better reasoning" is
-    here what can be checked without another judge: fewer faults in the verdict (broken JSON, scores that do not sum to ten, a
-    winner against its own scores). Equal traces are dropped.
-    """
-    verdicts = [parse_verdict(t) for t in traces]
-    right = [v.winner == winner for v in verdicts]
-    case = "all right" if all(right) else "all wrong" if not any(right) else "mixed"
-    order = sorted(range(len(traces)), key=lambda i: (not right[i], len(verdicts[i].issues)))
-    best, worst = order[0], order[-1]
-    same = right[best] == right[worst] and len(verdicts[best].issues) == len(verdicts[worst].issues)
-    return (case, None, None) if case == "all wrong" or same else (case, traces[best], traces[worst])
-
-
-def rank_pairs(pairs, sample, num_traces, prefer=None):
-    """([(case, preference record or None), ...], {"traces", "right traces"}) of some pairs.
-
-    sample(comparisons) -> texts of the policy; prefer(questions) -> texts of a judge of reasoning, else rank_traces decides. Of several
-    right traces that judge is shown the one with the fewest faults and the one with the most, in both orders, and must agree with itself.
-    """
-    shown = [comparison(pair) for pair in pairs if pair["winner"] != "Tie"]     # of a tie no trace is right
-    texts = iter(sample([question for question in shown for _ in range(num_traces)]))
-    found, rivals, sums = [], [], {"traces": 0, "right traces": 0}
-    for pair in pairs:
-        winner = WINNERS[pair["winner"]]
-        traces = [text for text in [next(texts) for _ in range(num_traces * (winner > 0))] if not isinstance(text, Failure)]
-        sums["traces"] += len(traces)
-        sums["right traces"] += sum(parse_verdict(trace).winner == winner for trace in traces)
-        case, chosen, rejected = rank_traces(traces, winner) if traces else ("failure" if winner else "tie", None, None)
-        if prefer and case == "all right" and len({*traces}) > 1:
-            chosen, *_, rejected = sorted(dict.fromkeys(traces), key=lambda trace: len(parse_verdict(trace).issues))
-            rivals.append(len(found))
-        found.append((case, {**pair, "chosen": chosen, "rejected": rejected, "case": case}) if chosen else
-                     (f"dropped: {case}{', alike' * (case == 'all right')}", None))
-
-    def question(record, first, second):
-        task = f"Two candidates were generated for a prompt. Judge which serves it better, by categories, with reasons and scores. Prompt: {record['prompt']}"
-        return about_texts(COMPARE_TEXTS, sum(open_media(record), []), criteria=REASONING, task=task, first=record[first], second=record[second])
-
-    asked = [question(found[i][1], *order) for order in (("chosen", "rejected"), ("rejected", "chosen")) for i in rivals]
-    winners = [parse_verdict(text).winner for text in prefer(asked)] if rivals else []
-    for i, one, two in zip(rivals, winners, winners[len(rivals):]):
-        record = found[i][1]
-        if (one, two) == (2, 1):
-            record |= {"chosen": record["rejected"], "rejected": record["chosen"]}
-        elif (one, two) != (1, 2):
-            found[i] = ("dropped: all right, no agreement", None)
-    return found, sums
+    Sec. 3.2 of arXiv 2602.02380: right over wrong; all right: the better reasoning; all wrong:
+    dropped. Better reasoning is here what can be checked: fewer faults in the verdict, such as
+    scores that do not sum to ten."""
+    if not traces:
+        return "failure", None, None
+    verdicts = [parse_verdict(trace) for trace in traces]
+    faults = [(verdict.winner != winner, len(verdict.issues)) for verdict in verdicts]
+    best = min(faults)                                      # (is it wrong, number of faults)
+    worst = max(faults)
+    if best[0]:
+        return "all wrong", None, None
+    case = "mixed" if worst[0] else "all right"
+    if best == worst:
+        return case, None, None
+    return case, traces[faults.index(best)], traces[faults.index(worst)]
 
 
-def build_preferences(judge, pairs, num_traces=4, temperature=.7, progress=True):
-    """(preference records, counts): `num_traces` traces of each pair sampled from the judge, then ranked by rank_traces; ties are left out."""
-    pairs, found = [p for p in pairs if p["winner"] != "Tie"], []
-    for start in tqdm(range(0, len(pairs), 200), desc="traces of 200 pairs each", disable=not progress):       # whose images are in memory
-        found += rank_pairs(pairs[start:start + 200], lambda questions: judge(questions, temperature=temperature), num_traces)[0]
-    preferences = [record for _, record in found if record]
-    return preferences, {name: sum(name in case for case, _ in found) for name in ("mixed", "all right", "all wrong", "failure")} | {"kept": len(preferences)}
-
-
-def rank(args):
-    """Preferences between the traces that --policy writes of each pair: Sec. 3.2 of arXiv 2602.02380, see rank_pairs."""
-    pairs, policy = open_records(args.file, "pair", args.num, args.seed, args.skip_bad), open_model(args, args.policy)
-    judge = None if args.judge == "heuristic" else open_model(args, args.judge, score_template="{prompt}")
-
-    def build(numbers):
-        return rank_pairs([pairs[i] for i in numbers], lambda questions: ask(policy, questions, args.temperature, args.seed, numbers.start), args.num_traces,
-                          judge and (lambda questions: ask(judge, questions, 0, args.seed, numbers.start)))
-    return append_rows(args, pairs, build)
-
-
-# ---------------------------------------------------------------- sift: the best and the worst of N candidates
-
-def best_and_worst(pairs, verdicts, scores, num):
-    """(None, best, worst) of `num` candidates, or (the reason, None, None).
-
-    With scores, Sec. 3 of arXiv 2503.05236: those who won their comparison and those who lost it, the winner with the highest score and
-    the loser with the lowest, if its score is lower. Without: the highest and the lowest win rate, if they differ; of equals the category
-    rates decide."""
-    if scores:
-        won, lost = ([pair[side ^ (verdict.winner == 2)] for pair, verdict in zip(pairs, verdicts) if verdict.winner] for side in (0, 1))
-        won, lost = ([i for i in side if scores[i] is not None] for side in (won, lost))
-        if not won or not lost:
-            return "undecided", None, None
-        best, worst, value = max(won, key=scores.__getitem__), min(lost, key=scores.__getitem__), scores
-    else:
-        rates = win_rates(pairs, verdicts, num)
-        value, category = rates.overall.tolist(), rates.category.nan_to_num().tolist()
-        met = [i for i in range(num) if value[i] == value[i]]
-        if not met:
-            return "undecided", None, None
-        best, worst = (pick(met, key=lambda i: (value[i], category[i])) for pick in (max, min))
-    if value[best] == value[worst]:
-        return "equal", None, None
-    return ("scores contradict", None, None) if value[best] < value[worst] else (None, best, worst)
-
-
-def pair_of(record, made, pairs, verdicts, scores, *seed):
-    """(case, the record with the best and the worst of its N candidates `made`, texts or lists of frames, or None)."""
-    reason, best, worst = best_and_worst(pairs, verdicts, scores, len(made))
-    if any(isinstance(text, Failure) for text in made):
-        reason = "failure"
-    elif not reason and made[best] == made[worst]:
-        reason = "alike"
-    if reason:
-        return f"dropped: {reason}", None
-    if isinstance(made[best], str):
-        return "kept", {**record, "chosen": made[best], "rejected": made[worst]}
-    if len(made[best]) > 1:
-        pair = {"videos": [made[best], made[worst]], "winner": "Video 1"}
-    else:
-        pair = {"images": made[best] + made[worst], "winner": "Image 1"}
-    return "kept", swap_at_random({**record, **pair}, *seed)
-
-
-def sift(args):
-    """Pairs of the best and the worst of N candidates that --model makes for each prompt, or preferences between N answers of a
-    vision-language model to each question, as --judge finds. Picture i of a prompt is a function of (--seed, the prompt's number, i)."""
-    first = open(args.file).readline() if Path(args.file).is_file() else ""
-    answers = bool(re.search(r'"(question|instruction|conversations|messages)" *:', first))
-    records, N = open_records(args.file, "question" if answers else "prompt", args.num, args.seed, args.skip_bad), args.num_candidates
-    schedule_pairs(N, args.pairs)                                               # raises before anything is loaded
-    judge = open_model(args, args.judge, score_template="{prompt}" if answers else args.score_template and Path(args.score_template).read_text())
-    if answers:
-        model = open_model(args, args.model, score_template="{prompt}")
-    else:
-        from sft import has_bf16, load_pipeline, pipe_arg, sample_media, start_ranks            # sft imports this file
-        device = start_ranks().device
-        pipe_args = {**know_toy_classes(args.model), **dict(map(pipe_arg, args.pipe_arg))}
-        pipe = load_pipeline(args.model, device, torch.bfloat16 if device.type == "cuda" and has_bf16() else torch.float32)
-
-    def build(numbers):
-        mine = [records[i] for i in numbers]
-        if answers:
-            frames = [sum(open_media(record), []) for record in mine]
-            made = ask(model, [Candidate(r["instruction"], f) for r, f in zip(mine, frames) for _ in range(N)], args.temperature, args.seed, numbers.start)
+def rank_pairs(sample, pairs, num_traces, judge=None):
+    """[(case, preference or None), ...] of pairs, from `num_traces` traces of each. A judge of
+    reasoning, if given, decides where all are right. sample and judge: questions -> texts."""
+    groups = sample_texts(sample, [comparison(pair) for pair in pairs], num_traces)
+    results = []
+    rivals = {}                                             # {number of a pair: two right traces}
+    for i, (pair, traces) in enumerate(zip(pairs, groups)):
+        traces = [trace for trace in traces if not isinstance(trace, Failure)]
+        case, best, worst = rank_traces(traces, WINNERS[pair["winner"]])
+        if best:
+            results.append((case, {**pair, "chosen": best, "rejected": worst}))
         else:
-            prompts, seeds = [record["prompt"] for record in mine for _ in range(N)], [(args.seed, number, i) for number in numbers for i in range(N)]
-            sources = {"image": [load_media(record["source"])[0] for record in mine for _ in range(N)]} if "source" in mine[0] else {}
-            made = sample_media(pipe, prompts, seeds, args.batch_size, **sources, **pipe_args)
-        made = [made[i:i + N] for i in range(0, len(made), N)]                  # (B, N) texts or lists of frames
-
-        def question(b, *items):
-            """About one candidate of record b, or two."""
-            shown = [made[b][i] for i in items]
-            if answers:
-                texts = dict(zip(("first", "second"), shown))
-                return about_texts((SCORE_TEXT, COMPARE_TEXTS)[len(items) - 1], frames[b], criteria=ANSWERING, task=mine[b]["instruction"], **texts)
-            return (Candidate, Comparison)[len(items) - 1](mine[b]["prompt"], *map(load_media, shown))
-
-        meets, scores = [], [None] * len(mine)
-        for number in numbers:
-            rng = random.Random(repr((args.seed, number)))
-            halves = [(i, i + 1)[::rng.choice((1, -1))] for i in range(0, N - 1, 2)]            # who is shown first is a coin flip
-            meets.append(halves if args.rank_by == "score" else schedule_pairs(N, args.pairs, rng))
-        texts = iter(ask(judge, [question(b, *pair) for b, pairs in enumerate(meets) for pair in pairs], 0, args.seed, numbers.start))
-        verdicts = [[parse_verdict(next(texts)) for _ in pairs] for pairs in meets]
-        if args.rank_by == "score":
-            texts = ask(judge, [question(b, i) for b in range(len(mine)) for i in range(N)], 0, args.seed, numbers.start)
-            values = [parse_score(text).value for text in texts]
-            if values.count(None) == len(values):
-                raise ValueError(f"no score in what the judge says, as {texts[0][:200]!r}. With a judge that only compares: --rank-by winrate")
-            scores = [values[i:i + N] for i in range(0, len(values), N)]
-        return [pair_of(*found, args.seed, number, "order") for *found, number in zip(mine, made, meets, verdicts, scores, numbers)], {}
-    return append_rows(args, records, build)
+            results.append((f"dropped: {case}", None))
+        distinct = list(dict.fromkeys(traces))
+        if judge and case == "all right" and len(distinct) > 1:
+            rivals[i] = distinct[:2]
+    if rivals:
+        ranked = rank_texts(judge, [pairs[i] for i in rivals], rivals.values())
+        for i, (_, record) in zip(rivals, ranked):
+            results[i] = ("all right" if record else "dropped: all right", record)
+    return results
 
 
-# ---------------------------------------------------------------- the commands
+def build_preferences(judge, pairs, num_traces=4, temperature=0.7, prefer=None):
+    """(preference records, {case: number}) of traces that the judge writes of pairs; ties are left
+    out. prefer(questions) -> texts of a judge of reasoning."""
+    pairs = [pair for pair in pairs if pair["winner"] != "Tie"]
+    sample = partial(judge, temperature=temperature)
+    results = []
+    for start in tqdm(range(0, len(pairs), CHUNK), "traces"):
+        results += rank_pairs(sample, pairs[start:start + CHUNK], num_traces, prefer)
+    records = [record for _, record in results if record]
+    counts = {"kept": len(records)}
+    for name in ("mixed", "all right", "all wrong", "failure"):
+        counts[name] = sum(name in case for case, _ in results)
+    return records, counts
+
+
+def rank(args, load):
+    """Preferences between the --num-samples traces that --model writes of each pair."""
+    model = load(args.model)
+    judge = load(args.judge, score_template="{prompt}") if args.judge else None
+
+    def build(pairs, seed):
+        sample = partial(ask, model, temperature=args.temperature, seed=seed)
+        prefer = judge and partial(ask, judge, temperature=0.0, seed=seed)
+        return rank_pairs(sample, pairs, args.num_samples, prefer)
+
+    pairs = [pair for pair in read_records(args.file, "pair") if pair["winner"] != "Tie"]
+    build_file(args, pairs, build)
+
+
+# ------------------------------------------------------------------------------------------------
+# commands
 
 def check(args):
-    """Prints what a file holds; every medium is opened. ValueError names the first bad line."""
-    records = read_records(args.file, args.kind, args.skip_bad)
-    tokenizer = load_processor(args.model).tokenizer if args.model else None
-    lengths, media = {}, Counter()
-    for record in tqdm(records, desc="check"):
-        found = record.get(medium_of(record), [])
-        media[f"{len(found)} {medium_of(record)}"] += 1
-        try:
-            [load_media(m, 1) for m in found]
-        except ValueError as error:
-            raise ValueError(f"{record['where']}: {error}") from None
-        for key in ("response", "chosen", "rejected"):
-            if key in record:
-                lengths.setdefault(f"{key}, characters", []).append(len(record[key]))
-                if tokenizer:
-                    lengths.setdefault(f"{key}, tokens", []).append(len(tokenizer(record[key])["input_ids"]))
-    kinds = Counter(args.kind or kind_of(record) for record in records)
-    print(f"{args.file}: {', '.join(f'{num} {kind} records' for kind, num in kinds.items())}, all well formed")
-    for name, num in media.items():
-        print(f"  {name:24s} in {num} records")
-    for name, values in lengths.items():
-        print(f"  {name:24s} min {min(values)}, median {statistics.median(values):g}, max {max(values)}")
+    """Print what a file holds; every medium is opened. ValueError names the first bad line."""
+    records = read_records(args.file)
+    kinds = Counter()
+    for record in tqdm(records, "check"):
+        items = record.get(medium_of(record), [])
+        kinds[f"{kind_of(record)} records with {len(items)} {medium_of(record)}"] += 1
+        for item in items:
+            try:
+                load_media(item, 1)
+            except ValueError as error:
+                raise ValueError(f"{record['where']}: {error}") from None
+    for kind, number in kinds.items():
+        print(f"{args.file}: {number} {kind}, all well formed")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    add("command", choices=["check", "toy", "distill", "rank", "sift"])
-    add("file", help="JSONL: of records (check), to write (toy), of pairs (distill, rank), of prompts or questions (sift); toy:SPLIT: made as needed")
-    # data
-    add("--kind", choices=[*FIELDS, "score"], help="check: what all must be; toy: which records  [check each its own, toy pair]")
-    add("--split", choices=["train", "val", "test", "scenes"], default="train", help="toy: val and test have held-out prompts")
-    add("--num", type=int, default=1000, help="how many toy records")
-    add("--world", choices=[*TOYS.values()], default="image", help="toy: still or in motion")
-    add("--skip-bad", action=flag, default=False, help="drop malformed lines and print how many")
-    # who is asked: a folder, a hub id, or URLs joined by commas
-    add("--teacher", help="distill: who writes traces; toy: the toy world's teacher")
-    add("--policy", default="out/judge-sft/model", help="rank: the judge that writes traces")
-    add("--judge", help="rank: who compares the reasoning of right traces, or heuristic, checkable faults; sift: who ranks candidates  [rank heuristic, "
-        "sift the newest of out/judge-*/model]")
-    add("--model", help="sift: the diffusers pipeline or, of questions, the vision-language model that makes candidates; check: counts its tokens too")
-    add("--template", help="file with the judge's instruction, {prompt} and {medium} in it; default: the model's own, or reward.TEMPLATE")
-    add("--score-template", help="sift: the same for scores; default: reward.SCORE_TEMPLATE")
-    add("--tries", type=int, default=4, help="distill: traces per pair until one is right, the first at temperature 0")
-    add("--num-traces", type=int, default=4, help="rank: traces per pair")
-    add("--num-candidates", type=int, default=10, help="sift: per prompt")
-    add("--temperature", type=float, default=.7, help="of sampled traces and answers")
-    add("--rank-by", choices=["score", "winrate"], default="score", help="sift: N / 2 comparisons and N scores (the paper's), or win rates in --pairs for a "
-        "judge that only compares")
-    add("--pairs", default="all", help="sift by winrate, who meets whom: all, or ring:K")
-    add("--max-new-tokens", type=int, default=2048, help="longest verdict, in tokens")
-    add("--judge-batch", type=int, default=16, help="questions a local model answers at a time")
-    add("--concurrency", type=int, default=32, help="questions in flight to servers")
-    add("--batch-size", type=int, default=8, help="sift: candidates made at a time")
-    add("--pipe-arg", nargs="*", default=[], help="sift: key=value for the pipeline's call, as height=512 guidance_scale=3.5")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("command", choices=["check", "distill", "rank", "sift"])
+    add("file", help="records (check), pairs (distill, rank) or questions (sift)")
+    # models: a folder, a hub id, URLs joined by commas, or FILE.py:function
+    add("--teacher", help="distill: writes the traces")
+    add("--model", help="rank: the judge that writes traces; sift: answers the questions")
+    add("--judge", help="rank: compares the reasoning of right traces  [checkable faults]; sift: "
+        "ranks the answers  [the newest of out/judge-*/model]")
+    add("--template", help="file with the judge's instruction  [the model's own]")
+    add("--num-samples", type=int, default=4,
+        help="traces or answers of each record; distill stops at the first right one")
+    add("--temperature", type=float, default=0.7, help="of sampled traces and answers")
+    add("--max-new-tokens", type=int, help="longest trace or answer  [the model's own]")
     # run
     add("--seed", type=int, default=0)
-    add("--out", help="distill, rank, sift: the JSONL file that is made; OUT.progress beside it says what became of each record")
-    add("--chunk", type=int, help="records between saves  [128, sift 16]")
-    add("--resume", action=flag, default=False, help="go on with --out")
+    add("--out", help="the JSONL file to write; the same command goes on with it")
     args = parser.parse_args(argv)
-    for name, commands in {"out": "distill rank sift", "teacher": "distill", "model": "sift"}.items():
-        if args.command in commands.split() and not getattr(args, name):
+    writer = "teacher" if args.command == "distill" else "model"
+    for name in [writer, "out"] if args.command != "check" else []:
+        if not getattr(args, name):
             parser.error(f"{args.command} needs --{name}")
-    args.chunk = (16 if args.command == "sift" else 128) if args.chunk is None else args.chunk
-    for name in ("num", "tries", "num_traces", "judge_batch", "concurrency", "batch_size", "chunk"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
+    if args.num_samples < 1:
+        parser.error(f"--num-samples is {args.num_samples}; expected at least 1")
     return args
 
 
 def main(argv=None):
-    from transformers.utils import logging
-    logging.set_verbosity_error()                                               # their notices drown the counts
+    args = parse_args(argv)
+    logging.set_verbosity_error()                           # their notices drown the counts
     logging.disable_progress_bar()
     try:
-        args = parse_args(argv)
         if args.command == "check":
             return check(args)
-        if args.command == "toy":
-            write_jsonl(args.file, open_records(f"{'toy' if args.world == 'image' else 'toy-video'}:{args.split}", args.kind or "pair", args.num, args.seed))
-            return print(f"{args.file}: {args.num} {args.kind or 'pair'} records")
-        args.judge = args.judge or {"rank": "heuristic", "sift": str(find_judge()) if args.command == "sift" else None}.get(args.command)
-        counts, sums = {"distill": distill, "rank": rank, "sift": sift}[args.command](args)
-        for case, num in sorted(counts.items(), key=lambda item: item[0].startswith("dropped")):
-            print(f"  {case:34s}{num:8d}{num / counts.total():8.1%}")
-        if sums["traces"]:
-            print(f"  {'traces, and their accuracy':34s}{sums['traces']:8d}{sums['right traces'] / sums['traces']:8.1%}")
-        print(f"{args.out}: {sum(num for case, num in counts.items() if not case.startswith('dropped'))} records")
+        template = Path(args.template).read_text(encoding="utf-8") if args.template else None
+        load = partial(load_judge, template=template, max_new_tokens=args.max_new_tokens)
+        {"distill": distill, "rank": rank, "sift": sift}[args.command](args, load)
     except (OSError, ValueError) as error:
         raise SystemExit(f"data.py: {error}") from error
 

@@ -7,11 +7,14 @@
     python tests/ablations.py grpo               alpha, pairs and the added category, trained
     python tests/ablations.py report             tables with 95 % intervals, printed and in .md beside --results, and pictures there
 
---models names the folder of each seed's judge-sft, judge-dpo and generator-sft, {seed} in it is replaced. They are made by
+--models names the folder of each seed's judge-sft, judge-dpo and generator-sft, {seed} in it is replaced; --toy that of the toy world's
+files and untrained models. They are made by
+    python tests/toy.py
     python sft.py --seed 0 --out out/0/judge-sft && python dpo.py --seed 0 --model out/0/judge-sft/model --out out/0/judge-dpo
     python sft.py --task generator --seed 0 --out out/0/generator-sft
 """
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -37,7 +40,7 @@ import sft
 import toy_oracle as O
 import toy_world as W
 from plots import plot
-from reward import (Candidate, LocalJudge, evaluate_judge, group_advantages, parse_score, parse_verdict, schedule_pairs, win_rates)
+from reward import (Candidate, Comparison, LocalJudge, evaluate_judge, group_advantages, parse_score, parse_verdict, sample_pairs, win_rates)
 
 G = 8
 JUDGED = dict(batch_size=200, max_new_tokens=256)
@@ -49,9 +52,18 @@ def stage(args, script, out, *options):
     """The rows of the log of a stage's run in a process of its own."""
     words = [sys.executable, str(ROOT / script), "--out", str(out), *map(str, options), *args.extra]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{out}.txt", "w") as said:
-        subprocess.run(words, check=True, stdout=said, stderr=said)
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    with open(f"{out}.txt", "w") as file:
+        subprocess.run(words, check=True, stdout=file, stderr=file)
+    return read_log(out)
+
+
+def read_log(out):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines() if line]
+
+
+def ends(rows):
+    """{"true_before": ..., "true_after": ...} of a log whose last row holds {"before": {"true": ...}, "after": {...}}."""
+    return {f"{name}_{when}": number for when, numbers in rows[-1].items() for name, number in numbers.items()}
 
 
 def signal(args, seed):
@@ -64,24 +76,21 @@ def signal(args, seed):
         """(prompt records, {(group, i, j): Verdict}, whether sample i of group k is true to its prompt, groups that hold both kinds)"""
         models = Path(args.models.format(seed=seed))
         judge = LocalJudge(models / "judge-dpo/model", **JUDGED)
-        data.know_toy_classes(models / "generator-sft/model")
         pipe = sft.load_pipeline(models / "generator-sft/model", torch.device("cpu"))
-        settings, records, media = grpo.parse_args(["--seed", str(seed)]), W.Records("val", "prompt", args.groups, seed), []
-        records = [records[k] for k in range(args.groups)]
+        settings, records, media, true = grpo.parse_args(["--seed", str(seed)]), [*W.Records("val", "prompt", args.groups, seed)], [], []
         for k, record in enumerate(records):
-            with torch.no_grad():
-                media.append(grpo.rollout(pipe, [record["prompt"]] * G, [(seed, k, i) for i in range(G)], settings, **data.toy_models().PIPE_ARGS)[0])
-        asked = [(k, i, j) for k in range(args.groups) for i, j in permutations(range(G), 2)]
-        texts = judge([data.Comparison(records[k]["prompt"], media[k][i], media[k][j]) for k, i, j in asked], progress=True)
-        true = [[float(O.success(r["toy_prompt"], frames[0])) for frames in group] for r, group in zip(records, media)]
-        return records, dict(zip(asked, map(parse_verdict, texts))), true, [k for k in range(args.groups) if 0 < sum(true[k]) < G]
+            media.append(grpo.sample(pipe, records, [(seed, 0, k, i) for i in range(G)], settings, pipe.call_args).media)
+            true.append(O.true(media[k], [record["prompt"]] * G)["true"])
+        questions = [(k, i, j) for k in range(args.groups) for i, j in permutations(range(G), 2)]
+        texts = judge([Comparison(records[k]["prompt"], media[k][i], media[k][j]) for k, i, j in questions], progress=True)
+        return records, dict(zip(questions, map(parse_verdict, texts))), true, [k for k in range(args.groups) if 0 < sum(true[k]) < G]
 
     def biased(k, i, j, bias):
         """The verdict of a judge that names whoever is shown first in a share `bias` of the cases, in every category."""
         verdict = table()[1][k, i, j]
         if random.Random(f"{seed} {k} {i} {j}").random() >= bias:
             return verdict
-        return verdict._replace(winner=1, categories=[c._replace(winner=1) for c in verdict.categories])
+        return dataclasses.replace(verdict, winner=1, categories=[dataclasses.replace(c, winner=1) for c in verdict.categories])
 
     def measure(pairs="all", both=False, alpha=.7, extra=False, bias=0.0, fixed=False, kind=None):
         records, _, true, mixed = table()
@@ -89,7 +98,7 @@ def signal(args, seed):
         for k in [k for k in mixed if kind in (None, records[k]["type"])]:
             found, ahead = [], []
             for draw in range(1 if fixed else args.draws):
-                chosen = schedule_pairs(G, pairs, random.Random(f"{seed} {k} {draw}"), both)
+                chosen = sample_pairs(G, pairs, random.Random(f"{seed} {k} {draw}"), both)
                 chosen = [tuple(sorted(pair)) for pair in chosen] if fixed else chosen
                 rates = win_rates(chosen, [biased(k, i, j, bias) for i, j in chosen], G, extra)
                 advantages, calls = group_advantages(rates, alpha).tolist(), len(chosen)
@@ -109,13 +118,12 @@ def signal(args, seed):
         yield f"relation prompts, {'category D counted' if extra else 'three anchors'}", functools.partial(measure, extra=extra, kind="spatial")
 
 
-def grounded(trace, record):
-    """The share of a trace's reasons that say what is to be seen: the perfect teacher's words for the record's scenes."""
-    toy = dict(record["toy"])
-    prompt, scenes, _, _ = W.Records(toy["split"], toy["kind"], toy["index"] + 1, toy["seed"]).scenes(toy["index"])
-    seen = [W.facts(prompt, scene) for scene in scenes]
-    dims = [d for c in parse_verdict(trace).categories for d in c.dims]
-    right = [said == facts.get(d.name, ("",))[0] for d in dims for said, facts in zip((d.reason_1, d.reason_2), seen)]
+def grounded(trace, records, i):
+    """The share of a trace's reasons about pair i of toy records that say what is to be seen: the perfect teacher's words for its scenes."""
+    prompt, scenes, _, _ = records.scenes(i)
+    facts = [W.facts(prompt, scene) for scene in scenes]
+    criteria = [criterion for category in parse_verdict(trace).categories for criterion in category.criteria]
+    right = [reason == of_image.get(c.name, ("",))[0] for c in criteria for reason, of_image in zip((c.reason_1, c.reason_2), facts)]
     return sum(right) / max(len(right), 1)
 
 
@@ -130,8 +138,8 @@ def dpo(args, seed):
         """{arm: preference records}, by_form"""
         judge = LocalJudge(models / "judge-sft/model", **JUDGED)
         torch.manual_seed(seed)
-        pairs = W.Records("train", "pair", args.pairs, 100 + seed)
-        pairs = [pairs[i] for i in range(args.pairs)]
+        records = W.Records("train", "pair", args.pairs, 100 + seed)
+        pairs = [*records]
         texts = judge([data.comparison(pair) for pair in pairs for _ in range(4)], temperature=.7, progress=True)
         mixed, by_truth, by_form = [], [], 0
         for n, pair in enumerate(pairs):
@@ -141,14 +149,16 @@ def dpo(args, seed):
                 mixed.append({**pair, "chosen": best, "rejected": worst})
             elif case == "all right":
                 by_form += best is not None
-                worst, *_, best = sorted(traces, key=lambda trace: grounded(trace, pair))
-                by_truth += [{**pair, "chosen": best, "rejected": worst}] * (grounded(best, pair) > grounded(worst, pair))
+                worst, *_, best = sorted(traces, key=lambda trace: grounded(trace, records, n))
+                if grounded(best, records, n) > grounded(worst, records, n):
+                    by_truth.append({**pair, "chosen": best, "rejected": worst})
         return {"right over wrong": mixed, "right over wrong, and the better of right ones": mixed + by_truth}, by_form
 
     def run(arm):
         records, path = preferences()[0][arm], folder / f"{arm.replace(' ', '-').replace(',', '')}.jsonl"
         data.write_jsonl(path, random.Random(0).sample(records, len(records)))
-        row = stage(args, "dpo.py", path.with_suffix(""), "--model", models / "judge-sft/model", "--data", path, "--seed", seed, "--max-new-tokens", 256)[-1]
+        row = ends(stage(args, "dpo.py", path.with_suffix(""), "--model", models / "judge-sft/model", "--data", path, "--eval-data",
+                         Path(args.toy, "pairs_test.jsonl"), "--seed", seed))
         after = LocalJudge(path.with_suffix("") / "model", **JUDGED)
         return {**{k: row[k] for k in row if k.startswith(("winner", "swap"))}, "grounded": truth_of_reasons(after, args.pairs), "pairs": len(records), "by_form": preferences()[1]}
 
@@ -159,35 +169,36 @@ def dpo(args, seed):
 
 def truth_of_reasons(judge, num):
     """The mean of `grounded` over the judge's greedy verdicts on validation pairs."""
-    pairs = W.Records("val", "pair", min(num, 200), 3)
-    pairs = [pairs[i] for i in range(len(pairs))]
-    return statistics.mean(grounded(text, pair) for text, pair in zip(judge([data.comparison(p) for p in pairs]), pairs))
+    records = W.Records("val", "pair", min(num, 200), 3)
+    texts = judge([data.comparison(pair) for pair in records])
+    return statistics.mean(grounded(text, records, i) for i, text in enumerate(texts))
 
 
 KINDS = {"comparisons": "trace", "scores": "score", "questions": "question"}
 
 
 def joint(args, seed):
-    """The judge from nothing on one kind of records, or on a third of each, for equally many steps of 16 records; examined on all three."""
-    exams = {kind: W.Records("val", kind, args.exam, 9) for kind in ("pair", "score", "question")}
-    exams = {kind: [records[i] for i in range(len(records))] for kind, records in exams.items()}
+    """The judge from nothing on one kind of records, or on a third of each, for equally many steps of 16 records; measured on all three."""
+    held_out = {kind: [*W.Records("val", kind, args.held_out, 9)] for kind in ("pair", "score", "question")}
 
     def run(arm, steps):
         folder = Path(args.out, f"joint-{seed}-{arm}-{steps}")
         records, names = [], [arm] if arm in KINDS else [*KINDS]
         for name in names:
-            made = W.Records("train", KINDS[name], 16 * steps // len(names), seed)
-            records += [made[i] for i in range(len(made))]
+            records += W.Records("train", KINDS[name], 16 * steps // len(names), seed)
         data.write_jsonl(folder.with_suffix(".jsonl"), records)
-        rows = stage(args, "sft.py", folder, "--data", folder.with_suffix(".jsonl"), "--seed", seed, "--max-steps", steps, "--eval-num", 8)
-        judge, pairs = LocalJudge(folder / "model", score_template="{prompt}", **JUDGED), exams["pair"]
-        found = evaluate_judge(judge, [data.comparison(p) for p in pairs], [data.WINNERS[p["winner"]] for p in pairs], random.Random(0))
-        numbers = {"comparisons": found["winner_accuracy"], "loss": rows[-2]["loss"]}
-        texts = {kind: judge([Candidate(r["instruction"], r["images"]) for r in exams[kind]]) for kind in ("score", "question")}
-        said, wanted = ([parse_score(t).value for t in side] for side in (texts["score"], [r["response"] for r in exams["score"]]))
-        read = [(s, w) for s, w in zip(said, wanted) if s is not None]
+        few = folder.with_name(f"{folder.name}-pairs.jsonl")                    # the stage's own evaluation is not used
+        data.write_jsonl(few, held_out["pair"][:8])
+        rows = stage(args, "sft.py", folder, "--model", Path(args.toy, "judge"), "--data", folder.with_suffix(".jsonl"), "--eval-data", few,
+                     "--seed", seed, "--max-steps", steps)
+        judge, pairs = LocalJudge(folder / "model", score_template="{prompt}", **JUDGED), held_out["pair"]
+        result = evaluate_judge(judge, [data.comparison(p) for p in pairs], [data.WINNERS[p["winner"]] for p in pairs], random.Random(0))
+        numbers = {"comparisons": result["winner_accuracy"], "loss": [row["loss"] for row in rows if "loss" in row][-1]}
+        texts = {kind: judge([Candidate(r["instruction"], r["images"]) for r in held_out[kind]]) for kind in ("score", "question")}
+        scores, labels = ([parse_score(t).value for t in side] for side in (texts["score"], [r["response"] for r in held_out["score"]]))
+        read = [(score, label) for score, label in zip(scores, labels) if score is not None]
         numbers["scores"] = torch.corrcoef(torch.tensor(read).T)[0, 1].nan_to_num().item() if len(read) > 2 else 0.0
-        numbers["questions"] = statistics.mean(t.strip() == r["response"] for t, r in zip(texts["question"], exams["question"]))
+        numbers["questions"] = statistics.mean(t.strip() == r["response"] for t, r in zip(texts["question"], held_out["question"]))
         return numbers
 
     for arm, steps in [(name, args.steps) for name in (*KINDS, "jointly")] + [("jointly", 3 * args.steps)]:
@@ -207,15 +218,16 @@ def painted(media, prompts):
 def curve_of(rows):
     """{"curve": [(step, true on held-out samples), ...], "reward": [(step, mean reward in training), ...]} of a log of grpo.py."""
     name = next((k for row in rows for k in row if k.startswith("reward/")), None)
-    return {"curve": [(0, rows[-1]["true_before"])] + [(r["step"], r["held_out_true"]) for r in rows if "held_out_true" in r],
+    last = ends(rows)
+    return {"curve": [(0, last["true_before"])] + [(r["step"], r["held_out_true"]) for r in rows if "held_out_true" in r],
             "reward": [(r["step"], r[name]) for r in rows if name in r] if name else [(r["step"], r["held_out_win_rate"]) for r in rows if "held_out_win_rate" in r],
-            **{k: rows[-1][k] for k in rows[-1] if k.startswith(("true_", "cast_", "win_rate"))}}
+            **{k: last[k] for k in last if k.startswith(("true_", "cast_", "win_rate"))}}
 
 
 def train(args, seed, arm, *options):
     models = Path(args.models.format(seed=seed))
     rows = stage(args, "grpo.py", Path(args.out, f"{arm}-{seed}".replace(" ", "-").replace(":", "").replace(",", "")), "--model", models / "generator-sft/model",
-                 "--seed", seed, "--warmup-steps", 4, "--eval-num", 512, *options)
+                 "--data", Path(args.toy, "prompts.txt"), "--eval-data", Path(args.toy, "prompts_test.txt"), "--seed", seed, "--warmup-steps", 4, *options)
     return {**curve_of(rows), "calls": sum(r.get("verdicts", 0) for r in rows), "ties": statistics.mean(r["ties"] for r in rows if "ties" in r)}
 
 
@@ -294,7 +306,7 @@ def report(args, rows):
                   "reward in training, each scaled to 0..1, step": {arm: [scaled(row["reward"]) for row in runs] for arm, runs in arms.items()}}, folder / "reward.png")
             for label, what in (("true to the prompt", "curve"), ("the reward", "reward")):
                 lines += ["", f"The mean of {label} over seeds, at the first step that was measured, every sixth or so after it, and the last"
-                          f"{' (before training on 512 samples, after it on 192 others)' * (what == 'curve')}:", ""]
+                          f"{' (before training on all held-out prompts, after it on the first 192)' * (what == 'curve')}:", ""]
                 for arm, runs in arms.items():
                     points = [(at[0][0], statistics.mean(y for _, y in at)) for at in zip(*(row[what] for row in runs))]
                     shown = points if len(points) < 12 else points[::6] + points[-1:]
@@ -340,6 +352,7 @@ def main(argv=None):
     add = parser.add_argument
     add("claim", choices=[*CLAIMS, "report"])
     add("--models", default="out/{seed}", help="folder of a seed's judge-sft, judge-dpo and generator-sft")
+    add("--toy", default="out/toy", help="what tests/toy.py made")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--results", default=str(ROOT / "tests/results/ablations.jsonl"), help="a line a run")
     add("--out", default="out/ablations", help="where runs leave their logs and models")
@@ -348,7 +361,7 @@ def main(argv=None):
     add("--draws", type=int, default=20, help="signal: schedules drawn of each group")
     add("--pairs", type=int, default=800, help="dpo: pairs that traces are sampled for")
     add("--steps", type=int, default=1200, help="joint: optimizer steps")
-    add("--exam", type=int, default=300, help="joint: held-out records of each kind")
+    add("--held-out", type=int, default=300, help="joint: held-out records of each kind")
     add("--long", type=int, default=48, help="reward: optimizer steps")
     add("--short", type=int, default=16, help="grpo: optimizer steps")
     add("--extra", type=str.split, default=[], help="options added to every stage")
@@ -357,7 +370,6 @@ def main(argv=None):
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     if args.claim == "report":
         return report(args, rows)
-    sft.start_ranks()
     results.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         done = {row["arm"] for row in rows if (row["claim"], row["seed"]) == (args.claim, seed)}

@@ -1,8 +1,8 @@
 """How fast the local judge is and what a comparison is worth: python tests/bench_judge.py [--judge FOLDER] [--groups 24]
 
 Prints comparisons per second at batch 1, 8 and 64 (median of --runs, in turns), the speed-up of batching, the shares of time in
-preprocessing and in the vision tower, and the pair budget: how well group advantages follow the true quality of toy scenes for
-every schedule, and how many calls it takes.
+preprocessing and in the vision tower, what the growing key-value cache saves against the stock one, and the pair budget: how well
+group advantages follow the true quality of toy scenes for every choice of pairs, and how many calls it takes.
 """
 import argparse
 import os
@@ -17,9 +17,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import torch
+from transformers.cache_utils import DynamicCache
 
 import toy_world as W
-from reward import Comparison, LocalJudge, find_judge, group_advantages, parse_verdict, schedule_pairs, win_rates
+import reward
+from reward import Comparison, LocalJudge, group_advantages, latest_judge, parse_verdict, sample_pairs, win_rates
 
 
 def timed(function, spent, name):
@@ -35,9 +37,29 @@ def timed(function, spent, name):
     return call
 
 
-def bench_batches(judge, runs, num):
+def toy_pairs(num):
     records = W.Records("val", "pair", num, 11)
-    pairs = [Comparison(r["prompt"], [r["images"][0]], [r["images"][1]]) for r in (records[i] for i in range(num))]
+    return [Comparison(r["prompt"], [r["images"][0]], [r["images"][1]]) for r in (records[i] for i in range(num))]
+
+
+def bench_cache(judge, runs, num):
+    """Seconds of processor time at batch 64 with reward.growing_cache and with the stock DynamicCache, which give the same texts."""
+    pairs, judge.batch_size, growing = toy_pairs(num), 64, reward.growing_cache
+    caches = {"growing": growing, "stock": lambda config: DynamicCache(config=config.get_text_config())}
+    seconds, texts = {name: [] for name in caches}, {}
+    for _ in range(runs):
+        for name, cache in caches.items():
+            reward.growing_cache, start = cache, time.process_time()
+            texts[name] = judge(pairs)
+            seconds[name].append(time.process_time() - start)
+    reward.growing_cache = growing
+    assert texts["growing"] == texts["stock"]
+    growing, stock = (statistics.median(seconds[name]) for name in caches)
+    print(f"key-value cache, {num} comparisons at batch 64: growing {growing:.2f} s, stock {stock:.2f} s, {stock / growing:.2f} times\n")
+
+
+def bench_batches(judge, runs, num):
+    pairs = toy_pairs(num)
     spent, seconds = {}, {1: [], 8: [], 64: []}
     visual = judge.model.model.visual
     visual.forward, judge.processor.image_processor.preprocess = (timed(f, spent, n) for f, n in (
@@ -79,16 +101,16 @@ def bench_budget(judge, num_groups, G, draws):
     verdicts = {key: parse_verdict(text) for key, text in zip(asked, texts)}
     print(f"\npairs                 calls  correlation with true quality    ({num_groups} groups of {G}, {draws} draws each, alpha 0.7)")
     for pairs, both in (("all", True), ("all", False), ("ring:4", False), ("ring:3", False), ("ring:2", False), ("ring:2", True), ("ring:1", False)):
-        found, calls = [], 0
+        correlations, calls = [], 0
         for k, (_, _, truth) in enumerate(groups):
             for _ in range(draws):
-                chosen = schedule_pairs(G, pairs, rng, both)
+                chosen = sample_pairs(G, pairs, rng, both)
                 advantages = group_advantages(win_rates(chosen, [verdicts[k, i, j] for i, j in chosen], G))
                 calls = len(chosen)
                 if advantages.std() > 0 and truth.std() > 0:
-                    found.append(torch.corrcoef(torch.stack([advantages, truth]))[0, 1].item())
+                    correlations.append(torch.corrcoef(torch.stack([advantages, truth]))[0, 1].item())
         name = pairs + ", both orders" * both
-        print(f"{name:20s} {calls:6d} {statistics.mean(found):12.3f}")
+        print(f"{name:20s} {calls:6d} {statistics.mean(correlations):12.3f}")
 
 
 if __name__ == "__main__":
@@ -101,6 +123,7 @@ if __name__ == "__main__":
     parser.add_argument("--draws", type=int, default=20)
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    found = LocalJudge(args.judge or find_judge(), max_new_tokens=256)
-    bench_batches(found, args.runs, args.num)
-    bench_budget(found, args.groups, args.group_size, args.draws)
+    judge = LocalJudge(args.judge or latest_judge(), max_new_tokens=256)
+    bench_cache(judge, args.runs, args.num)
+    bench_batches(judge, args.runs, args.num)
+    bench_budget(judge, args.groups, args.group_size, args.draws)

@@ -1,26 +1,189 @@
-"""One picture for the benchmarks: curves of several arms, the mean over seeds thick, each seed faint."""
+"""Pictures of curves with PIL alone: of a run's log, and of the arms of a benchmark.
+
+    python tests/plots.py out/judge-sft/log.jsonl        writes out/judge-sft/curves.png
+"""
+import argparse
+import json
+import math
+from pathlib import Path
+
 from PIL import Image, ImageDraw, ImageFont
 
 INKS = [(90, 90, 90), (40, 90, 210), (30, 150, 70), (215, 60, 40), (150, 70, 190), (200, 140, 0)]
+GREY = (160, 160, 160)
+LOG_SCALE = ("loss", "grad_norm", "kl")              # where all values are above 0
+NOT_DRAWN = ("step", "time")
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 30, 36            # margins of a panel, pixels
+
+
+def ticks(low, high, log=False):
+    """A few round numbers within [low, high]; on a logarithmic axis 1, 2 and 5 times powers of 10,
+    or of wide ranges the powers alone."""
+    if log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        factors = [1] if high / low > 1000 else [1, 2, 5]
+        values = [factor * 10.0 ** power for power in powers for factor in factors]
+        inside = [value for value in values if low <= value <= high]
+        if len(inside) > 1:
+            return inside
+    rough = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [float(f"{i * step:.10g}") for i in range(first, last + 1)]
+
+
+def format_tick(value):
+    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:g}"
+
+
+def value_range(curves, log=False):
+    """(low, high) of the y of curves, a little wider where they are constant."""
+    ys = [y for curve in curves for _, y in curve]
+    low = min(ys)
+    high = max(ys)
+    if low == high:
+        margin = abs(low) / 10 or 1.0
+        low -= 0 if log else margin
+        high += margin
+    return low, high
+
+
+def draw_panel(pen, font, box, title, lines, y_range, log=False, x_label=""):
+    """Draw lines [(curve, ink, width), ...] into box (left, top, right, bottom), under a title and
+    with numbers on both axes. A curve is a list of (x, y)."""
+    left, top, right, bottom = box[0] + LEFT, box[1] + TOP, box[2] - RIGHT, box[3] - BOTTOM
+    xs = [x for curve, _, _ in lines for x, _ in curve]
+    x_high = max(xs, default=1)
+    low, high = y_range
+
+    def place(x, y):
+        if log:
+            up = math.log(y / low) / math.log(high / low)
+        else:
+            up = (y - low) / (high - low)
+        return left + x / x_high * (right - left), bottom - up * (bottom - top)
+
+    pen.rectangle([left, top, right, bottom], outline=GREY)
+    for value in ticks(low, high, log):
+        y = place(0, value)[1]
+        pen.line([(left - 4, y), (left, y)], fill=GREY)
+        pen.text((left - 6, y), format_tick(value), fill="black", font=font, anchor="rm")
+    for value in ticks(0, x_high):
+        x = place(value, low)[0]
+        pen.line([(x, bottom), (x, bottom + 4)], fill=GREY)
+        pen.text((x, bottom + 6), format_tick(value), fill="black", font=font, anchor="mt")
+    pen.text((left, top - 6), title, fill="black", font=font, anchor="ls")
+    pen.text((right, bottom + 22), x_label, fill="black", font=font, anchor="rt")
+    for curve, ink, width in lines:
+        if curve:
+            pen.line([place(*point) for point in curve], fill=ink, width=width)
+
+
+def faint(ink):
+    return tuple((c + 3 * 255) // 4 for c in ink)
 
 
 def plot(panels, path, width=460, height=320):
-    """Writes a PNG of one panel for each entry of {label of x: {arm: [curve of a seed, ...]}}; a curve is a list of (x, y), all seeds of an arm
-    at the same places in the list, and panels share the y axis."""
-    sheet, font = Image.new("RGB", (len(panels) * width, height), "white"), ImageFont.load_default(13)
-    pen, ys = ImageDraw.Draw(sheet), [y for arms in panels.values() for curves in arms.values() for curve in curves for _, y in curve]
-    low, high = min(ys), max(max(ys), min(ys) + 1e-9)
+    """Write a PNG of one panel for each entry of {label of x: {arm: [curve of a seed, ...]}}: the
+    mean over seeds thick, each seed faint. All seeds of an arm have the same x; the panels share
+    the y axis."""
+    sheet = Image.new("RGB", (len(panels) * width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    measured = []
+    for arms in panels.values():
+        for curves in arms.values():
+            measured += [curve for curve in curves if curve]     # an arm may have measured nothing
     for column, (label, arms) in enumerate(panels.items()):
-        most, left = max((x for curves in arms.values() for curve in curves for x, _ in curve), default=1), column * width + 46
-        place = lambda x, y: (left + x / most * (width - 62), height - 40 - (y - low) / (high - low) * (height - 70))
-        pen.rectangle([left, 30, column * width + width - 16, height - 40], outline=(160, 160, 160))
-        for row, ((name, curves), ink) in enumerate(zip(arms.items(), INKS)):
-            for curve in filter(None, curves):       # an arm may have measured nothing
-                pen.line([place(*point) for point in curve], fill=tuple((c + 3 * 255) // 4 for c in ink))
-            mean = [[sum(values) / len(values) for values in zip(*at)] for at in zip(*curves)]
-            pen.line([place(*point) for point in mean], fill=ink, width=2)
-            pen.text((left + 8, 34 + 15 * row), name, fill=ink, font=font)
-        pen.text((left, height - 24), f"{label} (to {most:{',.0f' if most > 9 else '.2g'}})", fill="black", font=font)
-        pen.text((left - 42, 26), f"{high:.2f}", fill="black", font=font)
-        pen.text((left - 42, height - 50), f"{low:.2f}", fill="black", font=font)
+        lines = []
+        for curves, ink in zip(arms.values(), INKS):
+            curves = [curve for curve in curves if curve]
+            lines += [(curve, faint(ink), 1) for curve in curves]
+            mean = []
+            for points in zip(*curves):
+                mean.append([sum(values) / len(values) for values in zip(*points)])
+            lines.append((mean, ink, 2))
+        left = column * width
+        box = (left, 0, left + width, height)
+        draw_panel(pen, font, box, "", lines, value_range(measured), x_label=label)
+        for row, (name, ink) in enumerate(zip(arms, INKS)):
+            pen.text((left + LEFT + 8, TOP + 4 + 15 * row), name, fill=ink, font=font)
     sheet.save(path)
+
+
+def read_rows(log):
+    """The rows of a log's steps in order; of a step that a resumed run repeated, the last one."""
+    rows = {}
+    for line in Path(log).read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:                 # half a line of a killed run
+            continue
+        if "step" in row:
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def running_mean(curve, width):
+    """The curve of means over the last `width` points."""
+    points = []
+    for i, (x, _) in enumerate(curve):
+        ys = [y for _, y in curve[max(0, i + 1 - width):i + 1]]
+        points.append((x, sum(ys) / len(ys)))
+    return points
+
+
+def read_curves(log):
+    """{name: [(step, value), ...]} of the numbers in a log's rows that change."""
+    curves = {}
+    for row in read_rows(log):
+        for name, value in row.items():
+            is_number = isinstance(value, (int, float)) and math.isfinite(value)
+            if is_number and name not in NOT_DRAWN:
+                curves.setdefault(name, []).append((row["step"], value))
+    return {name: curve for name, curve in curves.items() if len({y for _, y in curve}) > 1}
+
+
+def draw_curves(log, width=360, height=230, columns=4):
+    """Write curves.png beside a log, a panel for each of its numbers, and return its path. Over
+    more than 100 steps the curve is faint and its running mean thick. ValueError: no curve."""
+    curves = read_curves(log)
+    if not curves:
+        raise ValueError(f"{log} holds no number that changes from step to step")
+    num_rows = math.ceil(len(curves) / columns)
+    sheet = Image.new("RGB", (min(columns, len(curves)) * width, num_rows * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    for i, (name, curve) in enumerate(curves.items()):
+        left = i % columns * width
+        top = i // columns * height
+        is_log = name.split("/")[-1] in LOG_SCALE and min(y for _, y in curve) > 0
+        lines = [(curve, INKS[1], 2)]
+        if len(curve) > 100:
+            lines = [(curve, faint(INKS[1]), 1),
+                     (running_mean(curve, len(curve) // 50), INKS[1], 2)]
+        title = f"{name} (log scale)" if is_log else name
+        draw_panel(pen, font, (left, top, left + width, top + height), title, lines,
+                   value_range([curve], is_log), is_log, "step")
+    path = Path(log).with_name("curves.png")
+    sheet.save(path)
+    return path
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", nargs="+", help="log.jsonl of runs")
+    for log in parser.parse_args(argv).logs:
+        try:
+            print(draw_curves(log))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"plots.py: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
 """Judges of several families, tiny and random, from their own configs, through SFT and DPO: image and video, LoRA and full."""
+import dataclasses
 import json
 
 import pytest
@@ -87,8 +88,10 @@ FAMILIES = ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5", "LlavaOnevision", "In
 def folder(request, tmp_path_factory):
     model, processor = make(request.param)
     path = tmp_path_factory.mktemp(request.param)
+    model.generation_config.max_new_tokens = 2
     model.save_pretrained(path)
     processor.save_pretrained(path)
+    (path / "template.txt").write_text("Compare: {prompt}")
     return path
 
 
@@ -113,29 +116,13 @@ def records(tmp_path_factory):
 
 @pytest.mark.parametrize("kind, lora", [("image", "4"), ("video", "0")])
 def test_sft_and_dpo(folder, records, kind, lora, tmp_path):
-    (tmp_path / "short.txt").write_text("Compare: {prompt}")
-    common = ["--model", str(folder), "--data", str(records / f"{kind}.jsonl"), "--eval-data", str(records / "pairs.jsonl"), "--eval-num", "1",
-              "--template", str(tmp_path / "short.txt"), "--max-new-tokens", "2", "--optim", "adamw", "--lr", "3e-3", "--warmup-steps", "1",
-              "--batch-size", "2", "--max-steps", "3", "--lora-rank", lora, "--no-bf16"]
-    sft.main([*common, "--out", str(tmp_path / "sft")])
+    common = ["--model", str(folder), "--data", str(records / f"{kind}.jsonl"), "--eval-data", str(records / "pairs.jsonl"), "--lr", "3e-3",
+              "--warmup-steps", "1", "--batch-size", "2", "--max-steps", "3", "--lora-rank", lora, "--no-bf16"]
+    sft.main([*common, "--optim", "adamw", "--out", str(tmp_path / "sft")])
     dpo.main([*common, "--out", str(tmp_path / "dpo")])
     losses = [row["loss"] for row in rows(tmp_path / "sft")]
     first, *_, last = [row["loss"] for row in rows(tmp_path / "dpo")]
     assert losses[-1] < losses[0] and abs(first - .693147) < 1e-4 and last < first
     judge = LocalJudge(tmp_path / "dpo" / "model", max_new_tokens=2)
     pair = data.comparison(data.read_records(records / f"{kind}.jsonl", "preference")[0])
-    assert len(judge([pair, pair._replace(prompt="two dots")])) == 2            # what was saved loads and answers
-
-
-def test_side_by_side_equals_alone(folder, records):
-    """Chosen and rejected after one copy of the prompt have the log-probabilities that they have in rows of their own."""
-    judge = LocalJudge(folder)
-    if not dpo.can_share_prompt(judge.model):
-        assert "Qwen3_5" in str(folder)
-        return
-    found = data.read_records(records / "image.jsonl", "preference")
-    pairs = [(r["chosen"], r["rejected"]) for r in found]
-    with torch.no_grad():
-        together, _ = dpo.response_logps(judge.model, data.encode(judge.processor, found, pairs))
-        alone, _ = dpo.response_logps(judge.model, data.encode(judge.processor, found * 2, [(p[k],) for k in range(2) for p in pairs]))
-    torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-4)
+    assert len(judge([pair, dataclasses.replace(pair, prompt="two dots")])) == 2            # what was saved loads and answers

@@ -17,6 +17,7 @@ from PIL import Image, ImageStat
 
 import conftest  # paths, where this file runs as a script
 import data
+import toy_teacher
 import toy_world as W
 from conftest import ROOT
 from reward import Candidate, Comparison, Failure, parse_verdict
@@ -55,10 +56,10 @@ def counts(printed):
 
 
 def use_judges(monkeypatch, **judges):
-    """open_judge(name) gives judges[name], called with (question, temperature) for each question."""
-    def many(one):
-        return lambda questions, temperature: [one(question, temperature) for question in questions]
-    monkeypatch.setattr(data, "open_judge", lambda name, *args, **options: type("Judge", (), {"__call__": lambda self, *a, **k: many(judges[name])(*a, **k)})())
+    """load_judge(name) gives judges[name], called with (question, temperature) for each question."""
+    def load(name, **options):
+        return lambda questions, temperature: [judges[name](question, temperature) for question in questions]
+    monkeypatch.setattr(data, "load_judge", load)
 
 
 def red(frames):
@@ -67,63 +68,61 @@ def red(frames):
 
 # ---------------------------------------------------------------- runs that are killed
 
-def chunks(rng_seed=0, num=7):
-    """What append_rows needs for a build of its own: rows of many lengths, some dropped, é among them."""
-    args = argparse.Namespace(command="distill", file="toy", chunk=2, resume=True, seed=rng_seed, out="", concurrency=1)
+def chunks(folder, name="rows.jsonl", num=7):
+    """What build_file needs for a build of its own: rows of many lengths, some dropped, é among them."""
+    (folder / "source.jsonl").write_text("source")
+    args = argparse.Namespace(command="distill", file=str(folder / "source.jsonl"), seed=0, teacher="http://a:1#m", out=str(folder / name))
     made = [("kept", {"prompt": "é" * (7 * i % 5), "number": i}) if i % 3 else ("dropped: contradicts", None) for i in range(num)]
-    return args, [None] * num, lambda numbers: ([made[i] for i in numbers], {"traces": len(numbers)})
+    return args, list(range(num)), lambda numbers, seed: [made[i] for i in numbers]
 
 
-def test_a_run_cut_at_any_byte_ends_as_the_whole_one(tmp_path):
-    """Every state that a kill can leave: the counting file cut anywhere, rows cut anywhere behind what it counts."""
-    args, records, build = chunks()
-    args.out = str(tmp_path / "whole.jsonl")
-    expected = data.append_rows(args, records, build)
-    whole, log = Path(args.out).read_bytes(), Path(args.out + ".progress").read_bytes()
-    assert expected == ({"kept": 4, "dropped: contradicts": 3}, {"traces": 7}) and len(log.splitlines()) == 5
-    head = log.index(b"\n") + 1
-    ends = [0] + [json.loads(line)["end"] for line in log.splitlines()[1:]] + [len(whole)]
+def test_a_run_cut_at_any_byte_ends_as_the_whole_one(tmp_path, monkeypatch, capsys):
+    """Every state that a kill can leave: the journal cut anywhere, no file or a torn one aside or, at the end, the whole one."""
+    monkeypatch.setattr(data, "CHUNK", 2)
+    args, records, build = chunks(tmp_path, "whole.jsonl")
+    data.build_file(args, records, build)
+    assert counts(capsys.readouterr().out) == {"kept": 4, "dropped: contradicts": 3}
+    whole, journal = Path(args.out).read_bytes(), Path(args.out + ".progress").read_bytes()
+    assert [json.loads(line)["number"] for line in whole.splitlines()] == [1, 2, 4, 5] and len(journal.splitlines()) == 5
     args.out = str(tmp_path / "cut.jsonl")
-    for cut in [*range(0, head, 40), *range(head - 1, len(log) + 1, 4), len(log)]:
-        done = max(log[:cut].count(b"\n") - 1, 0)
-        for size in {ends[done], (ends[done] + ends[done + 1]) // 2, ends[done + 1]} if cut >= head else {None}:
-            Path(args.out + ".progress").write_bytes(log[:cut])
-            Path(args.out).unlink(missing_ok=True) if size is None else Path(args.out).write_bytes(whole[:size])
-            assert data.append_rows(args, records, build) == expected
-            assert Path(args.out).read_bytes() == whole and Path(args.out + ".progress").read_bytes() == log
+    for cut in range(len(journal) + 1):
+        Path(args.out).unlink(missing_ok=True)
+        Path(args.out + ".progress").write_bytes(journal[:cut])
+        Path(args.out + ".tmp").write_bytes(whole[:cut % 40])
+        built = []
+        data.build_file(args, records, lambda numbers, seed: built.append(seed) or build(numbers, seed))
+        assert Path(args.out).read_bytes() == whole and Path(args.out + ".progress").read_bytes() == journal
+        done = max(journal[:cut].count(b"\n") - 1, 0)
+        assert built == [f"0 {start}" for start in (0, 2, 4, 6)[done:]]          # what was done is not done again
+        assert counts(capsys.readouterr().out) == {"kept": 4, "dropped: contradicts": 3}
+    data.build_file(args, records, None)                                        # all is there
+    assert Path(args.out).read_bytes() == whole
 
 
 def test_what_cannot_be_continued_is_refused(tmp_path):
-    args, records, build = chunks()
-    args.out = str(tmp_path / "rows.jsonl")
-    data.append_rows(args, records, build)
-    args.resume = False
-    with pytest.raises(ValueError, match="rows.jsonl is there already. Go on with it by --resume, or remove it"):
-        data.append_rows(args, records, build)
-    args.resume, args.seed = True, 1
-    with pytest.raises(ValueError, match="begun with other options: seed 0 -> 1. Give the same ones, or another --out"):
-        data.append_rows(args, records, build)
-    args.seed, args.file = 0, str(tmp_path / "source.txt")
-    Path(args.file).write_text("a")
-    with pytest.raises(ValueError, match="other options: file 'toy' -> '.*source.txt .{16}'"):
-        data.append_rows(args, records, build)
-    args.file = "toy"
-    Path(args.out).write_text("x")
-    with pytest.raises(ValueError, match=r"rows.jsonl has 1 bytes, but .*rows.jsonl.progress knows of \d+. Remove both"):
-        data.append_rows(args, records, build)
+    args, records, build = chunks(tmp_path)
+    data.build_file(args, records, build)
+    args.seed = 1
+    with pytest.raises(ValueError, match=r"rows.jsonl was begun with other options: \[\('seed', '0'\), \('seed', '1'\)\]. Give the same ones, name another --out"):
+        data.build_file(args, records, build)
+    args.seed = 0
+    Path(args.file).write_text("changed")
+    with pytest.raises(ValueError, match=r"other options: \[\('digest', '\w{64}'\), \('digest', '\w{64}'\)\]"):
+        data.build_file(args, records, build)
     Path(args.out + ".progress").unlink()
     with pytest.raises(ValueError, match="is there already, without .*rows.jsonl.progress. Remove it or name another"):
-        data.append_rows(args, records, build)
+        data.build_file(args, records, build)
+    assert len(rows(args.out)) == 4                                             # and not overwritten
 
 
 def test_a_source_that_changed_is_refused_and_a_server_that_moved_is_not(tmp_path, monkeypatch):
     use_judges(monkeypatch, **{"http://a:1#m": lambda q, t: trace(1), "http://b:2#m": lambda q, t: trace(1)})
     pairs, out = write_pairs(tmp_path, "Image 1", "Image 2"), str(tmp_path / "out.jsonl")
     data.main(["distill", pairs, "--teacher", "http://a:1#m", "--out", out])
-    data.main(["distill", pairs, "--teacher", "http://b:2#m", "--out", out, "--resume"])
+    data.main(["distill", pairs, "--teacher", "http://b:2#m", "--out", out])
     write_pairs(tmp_path, "Image 2", "Image 2")
-    with pytest.raises(SystemExit, match="begun with other options: file '.*pairs.jsonl .{16}' -> "):
-        data.main(["distill", pairs, "--teacher", "http://a:1#m", "--out", out, "--resume"])
+    with pytest.raises(SystemExit, match="begun with other options: .*digest"):
+        data.main(["distill", pairs, "--teacher", "http://a:1#m", "--out", out])
 
 
 def coin_judge(question, temperature):
@@ -132,11 +131,22 @@ def coin_judge(question, temperature):
     return trace(1 + torch.randint(2, ()).item(), reason=str(torch.randint(10 ** 6, ()).item()))
 
 
-def red_judge(question, temperature):
-    """Prefers and scores by redness."""
-    if isinstance(question, Candidate):
-        return f"Final Score: {red(question.media):.3f}"
-    return trace(1 if red(question.media_1) > red(question.media_2) else 2)
+def red_teacher(question, temperature):
+    """Prefers the redder one, or at a later try a random one."""
+    time.sleep(.001)
+    return trace(1 + torch.randint(2, ()).item()) if temperature else trace(1 if red(question.media_1) > red(question.media_2) else 2)
+
+
+def coin_answers(question, temperature):
+    time.sleep(.001)
+    return "x" * torch.randint(1, 9, ()).item()
+
+
+def long_judge(question, temperature):
+    """The longer of two texts is better."""
+    first, _, second = question.prompt.partition("\n\nAnswer 2: ")
+    first, second = first.partition("Answer 1: ")[2], second.partition("\n\nAnswer with")[0]
+    return json.dumps({"winner": "Tie" if len(first) == len(second) else "Answer 1" if len(first) > len(second) else "Answer 2"})
 
 
 def kill_and_resume(argv, out, kills=4):
@@ -148,7 +158,7 @@ def kill_and_resume(argv, out, kills=4):
             return pid
         try:
             sys.stdout = sys.stderr = open(out / "log.txt", "a")
-            data.main([*argv, "--out", str(path), "--resume"])
+            data.main([*argv, "--out", str(path)])
         except BaseException as error:
             print(repr(error), flush=True)
             os._exit(1)
@@ -175,53 +185,51 @@ def kill_and_resume(argv, out, kills=4):
     return moments
 
 
-def main(folder, generator):
+def main(folder):
     """Forked from one process, which has imported everything and computed nothing, so that a run takes no time to start."""
-    import functools
-    import sft
     torch.set_num_threads(1)                         # a pool of threads does not survive a fork
     folder = Path(folder)
     pairs = write_pairs(folder, *["Image 1", "Image 2"] * 30)
-    (folder / "prompts.txt").write_text("a red circle\n" * 24)
-    data.open_judge = lambda name, *args, **options: lambda questions, temperature: [{"coin": coin_judge, "red": red_judge}[name](q, temperature) for q in questions]
-    data.know_toy_classes(generator)
-    sft.load_pipeline = functools.cache(sft.load_pipeline)
-    sft.load_pipeline(generator, torch.device("cpu"), torch.float32)
-    small = "height=48 width=48 max_sequence_length=12 num_inference_steps=2".split()
-    for name, argv in {"distill": ["distill", "toy:train", "--num", "60", "--teacher", "toy", "--chunk", "1"],
-                       "rank": ["rank", pairs, "--policy", "coin", "--chunk", "2"],
-                       "sift": ["sift", str(folder / "prompts.txt"), "--model", generator, "--judge", "red", "--num-candidates", "4", "--chunk", "1",
-                                "--pipe-arg", *small]}.items():
+    Image.new("RGB", (16, 16), "red").save(folder / "a.png")
+    (folder / "q.jsonl").write_text("\n".join(json.dumps({"question": f"What? {i}", "images": ["a.png"]}) for i in range(24)))
+    judges = {"coin": coin_judge, "red": red_teacher, "vlm": coin_answers, "long": long_judge}
+    data.load_judge = lambda name, **options: lambda questions, temperature: [judges[name](question, temperature) for question in questions]
+    for name, chunk, argv in (("distill", 1, ["distill", pairs, "--teacher", "red"]), ("rank", 2, ["rank", pairs, "--model", "coin", "--judge", "long"]),
+                              ("sift", 1, ["sift", str(folder / "q.jsonl"), "--model", "vlm", "--judge", "long"])):
         (folder / name).mkdir()
+        data.CHUNK = chunk
         print(name, "killed after chunks", kill_and_resume(argv, folder / name), flush=True)
 
 
-def test_killed_builders_end_in_the_same_bytes(generator_folder, tmp_path):
+def test_killed_builders_end_in_the_same_bytes(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import test_builders; "
-                           f"test_builders.main({str(tmp_path)!r}, {generator_folder!r})"], env=env, capture_output=True, text=True)
+                           f"test_builders.main({str(tmp_path)!r})"], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("killed after chunks") == 3, done.stdout + done.stderr[-3000:]
 
 
 # ---------------------------------------------------------------- distill
 
 def test_the_toy_teacher_sees_what_is_shown(tmp_path, capsys):
-    """Traces fit the images in the order of the record; winners are people's; dazzled ones are tried again, or dropped."""
-    pairs, out = str(tmp_path / "pairs.jsonl"), str(tmp_path / "traces.jsonl")
-    data.main(["toy", pairs, "--num", "60"])
-    data.main(["distill", pairs, "--teacher", "toy", "--out", out, "--tries", "3"])
-    found, kept = counts(capsys.readouterr().out), data.read_records(out, "trace")
-    assert sum(found.values()) == 60 and found["kept at try 1"] > 35 and found["kept at try 2"] > 0 and found["dropped: contradicts"] > 0
-    assert len(kept) == sum(num for case, num in found.items() if case.startswith("kept"))
-    assert {record["toy"]["swapped"] for record in kept} == {True, False}
+    """Traces fit the images in the order of the record; winners are people's; what a dazzled teacher says is dropped."""
+    made, out = W.Records("train", "pair", 60), str(tmp_path / "traces.jsonl")
+    data.write_jsonl(tmp_path / "pairs.jsonl", made)
+    data.main(["distill", str(tmp_path / "pairs.jsonl"), "--teacher", f"{toy_teacher.__file__}:teacher", "--out", out, "--num-samples", "2"])
+    cases, kept = counts(capsys.readouterr().out), data.read_records(out, "trace")
+    assert sum(cases.values()) == 60 and cases["right"] == len(kept) > 40 and cases["dropped: contradicts"] > 0
+    swaps = set()
     for record in kept:
-        prompt, scenes, _, _ = W.Records("train", "pair", 60).scenes(record["toy"]["index"])
-        said, order = parse_verdict(record["response"]), scenes[::-1] if record["toy"]["swapped"] else scenes
+        i = int(record["images"][0].name.split("_")[1])
+        prompt, scenes, _, _ = made.scenes(i)
+        verdict, swapped = parse_verdict(record["response"]), record["images"][0].name.endswith("_2.png")
+        order = scenes[::-1] if swapped else scenes
+        swaps.add(swapped)
         for path, scene in zip(record["images"], order):
             assert Image.open(path).tobytes() == W.render(prompt, scene).tobytes()
-        for dim in (dim for category in said.categories for dim in category.dims):
-            assert [dim.reason_1, dim.reason_2] == [W.facts(prompt, scene)[dim.name][0] for scene in order]
-        assert said.winner == data.WINNERS[record["winner"]] == W.judge_pair(prompt, *order)[1]
+        for criterion in (criterion for category in verdict.categories for criterion in category.criteria):
+            assert [criterion.reason_1, criterion.reason_2] == [W.facts(prompt, scene)[criterion.name][0] for scene in order]
+        assert verdict.winner == data.WINNERS[record["winner"]] == W.judge_pair(prompt, *order)[1]
+    assert swaps == {True, False}
 
 
 def test_distill_keeps_whole_traces_that_agree(tmp_path, monkeypatch, capsys):
@@ -238,8 +246,8 @@ def test_distill_keeps_whole_traces_that_agree(tmp_path, monkeypatch, capsys):
 
     use_judges(monkeypatch, teacher=teacher)
     out = str(tmp_path / "traces.jsonl")
-    data.main(["distill", write_pairs(tmp_path, *["Image 1"] * 8), "--teacher", "teacher", "--out", out, "--tries", "3", "--temperature", ".9", "--seed", "2"])
-    assert counts(capsys.readouterr().out) == {"kept at try 1": 2, "kept at try 3": 1, "dropped: contradicts": 1, "dropped: failure": 1, "dropped: unparsed": 3}
+    data.main(["distill", write_pairs(tmp_path, *["Image 1"] * 8), "--teacher", "teacher", "--out", out, "--num-samples", "3", "--temperature", ".9", "--seed", "2"])
+    assert counts(capsys.readouterr().out) == {"right": 3, "dropped: contradicts": 1, "dropped: failure": 1, "dropped: unparsed": 3}
     kept = rows(out)
     assert [row["prompt"] for row in kept] == ["prompt 0", "prompt 1", "prompt 7"] and {row["winner"] for row in kept} == {"Image 1", "Image 2"}
     for row in kept:                                 # the JSON alone, and of the images as they lie
@@ -250,12 +258,13 @@ def test_distill_keeps_whole_traces_that_agree(tmp_path, monkeypatch, capsys):
 
 def test_a_teacher_that_never_answers_stops_the_run_and_a_later_one_goes_on(tmp_path, monkeypatch):
     pairs, out, up = write_pairs(tmp_path, *["Image 1"] * 4), str(tmp_path / "traces.jsonl"), [True, True]
+    monkeypatch.setattr(data, "CHUNK", 2)
     use_judges(monkeypatch, teacher=lambda q, t: trace(1 if red(q.media_1) else 2) if up and up.pop() else Failure("refused"))
-    with pytest.raises(SystemExit, match="not one of 2 questions is answered: refused. Mend that, then go on with --resume"):
-        data.main(["distill", pairs, "--teacher", "teacher", "--out", out, "--chunk", "2"])
-    assert len(rows(out)) == 2
+    with pytest.raises(SystemExit, match="none of 2 questions is answered: refused. Mend that, then give the same command again"):
+        data.main(["distill", pairs, "--teacher", "teacher", "--out", out])
+    assert len(Path(out + ".progress").read_text().splitlines()) == 2 and not Path(out).exists()
     up[:] = [True] * 9
-    data.main(["distill", pairs, "--teacher", "teacher", "--out", out, "--chunk", "2", "--resume"])
+    data.main(["distill", pairs, "--teacher", "teacher", "--out", out])
     assert [row["prompt"] for row in rows(out)] == [f"prompt {i}" for i in range(4)]
 
 
@@ -265,14 +274,17 @@ def test_tries_that_fail_drop_their_pairs_only(tmp_path, monkeypatch, capsys):
     assert counts(capsys.readouterr().out) == {"dropped: failure": 3}
 
 
-def test_the_toy_teacher_refuses_other_pairs(tmp_path):
-    with pytest.raises(SystemExit, match="pairs.jsonl:1: no 'toy' in it. The toy teacher knows the pairs of `data.py toy FILE --kind pair` alone"):
+def test_the_toy_teacher_refuses_other_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_teacher, "PAIRS", W.Records("train", "pair", 20))
+    monkeypatch.setattr(data, "load_judge", lambda name, **options: lambda questions, temperature: toy_teacher.teacher(questions))
+    with pytest.raises(SystemExit, match="is not in out/toy/pairs.jsonl as .*the toy teacher knows no other: pass another --teacher"):
         data.main(["distill", write_pairs(tmp_path, "Image 1"), "--teacher", "toy", "--out", str(tmp_path / "out.jsonl")])
 
 
-def test_samples_from_a_server_have_seeds_of_their_own(tmp_path):
+def test_samples_from_a_server_have_seeds_of_their_own(tmp_path, monkeypatch):
     """Servers answer one seed with one text: K traces of a pair need K seeds, other tries other ones."""
     seen = []
+    monkeypatch.setattr(data, "CHUNK", 3)
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -295,16 +307,16 @@ def test_samples_from_a_server_have_seeds_of_their_own(tmp_path):
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     url, pairs = f"http://127.0.0.1:{httpd.server_port}", write_pairs(tmp_path, *["Image 1"] * 5)
     try:
-        data.main(["rank", pairs, "--policy", url, "--out", str(tmp_path / "rank.jsonl"), "--num-traces", "6", "--chunk", "3"])
+        data.main(["rank", pairs, "--model", url, "--out", str(tmp_path / "rank.jsonl"), "--num-samples", "6"])
         assert len({seed for seed, _, _ in seen}) == len(seen) == 30 and {s[1:] for s in seen} == {(.7, 3)}
         assert len(rows(tmp_path / "rank.jsonl")) == 5                          # so each pair has a right and a wrong trace
         first = sorted(seen)
         seen.clear()
-        data.main(["rank", pairs, "--policy", url, "--out", str(tmp_path / "again.jsonl"), "--num-traces", "6", "--chunk", "3", "--concurrency", "1"])
+        data.main(["rank", pairs, "--model", url, "--out", str(tmp_path / "again.jsonl"), "--num-samples", "6"])
         assert sorted(seen) == first and (tmp_path / "again.jsonl").read_text() == (tmp_path / "rank.jsonl").read_text()
         seen.clear()
-        data.main(["distill", pairs, "--teacher", url, "--out", str(tmp_path / "traces.jsonl"), "--tries", "3"])
-        assert [t for _, t, _ in seen[:5]] == [0] * 5 and len({seed for seed, t, _ in seen if t}) == len([t for _, t, _ in seen if t]) > 0
+        data.main(["distill", pairs, "--teacher", url, "--out", str(tmp_path / "traces.jsonl"), "--num-samples", "3"])
+        assert [t for _, t, _ in seen[:3]] == [0] * 3 and len({seed for seed, t, _ in seen if t}) == len([t for _, t, _ in seen if t]) > 0
     finally:
         httpd.shutdown()
         httpd.server_close()
@@ -324,13 +336,10 @@ def policy_of(texts):
 def test_the_three_cases_and_the_heuristic(tmp_path, monkeypatch, capsys):
     use_judges(monkeypatch, policy=policy_of([[trace(2), CLEAN, "?"], [FAULTY, CLEAN, FAULTY], [CLEAN] * 3, [trace(2), "?", Failure("x")], [Failure("x")] * 3, [CLEAN, Failure("x"), FAULTY]]))
     out = str(tmp_path / "prefer.jsonl")
-    data.main(["rank", write_pairs(tmp_path, *["Image 1"] * 6, "Tie"), "--policy", "policy", "--num-traces", "3", "--out", out])
-    printed = capsys.readouterr().out
-    assert counts(printed) == {"mixed": 1, "all right": 2, "dropped: all right, alike": 1, "dropped: all wrong": 1, "dropped: failure": 1, "dropped: tie": 1,
-                               "traces, and their accuracy": 13}
-    assert "69.2%" in printed                        # 9 of 13 traces; failures are none
-    assert [(r["prompt"], r["chosen"], r["rejected"], r["case"]) for r in rows(out)] == [
-        ("prompt 0", CLEAN, "?", "mixed"), ("prompt 1", CLEAN, FAULTY, "all right"), ("prompt 5", CLEAN, FAULTY, "all right")]
+    data.main(["rank", write_pairs(tmp_path, *["Image 1"] * 6, "Tie"), "--model", "policy", "--num-samples", "3", "--out", out])
+    assert counts(capsys.readouterr().out) == {"mixed": 1, "all right": 2, "dropped: all right": 1, "dropped: all wrong": 1, "dropped: failure": 1}
+    assert [(r["prompt"], r["chosen"], r["rejected"]) for r in rows(out)] == [                          # and nothing of the tie
+        ("prompt 0", CLEAN, "?"), ("prompt 1", CLEAN, FAULTY), ("prompt 5", CLEAN, FAULTY)]
     assert len(data.read_records(out, "preference")) == 3
 
 
@@ -349,10 +358,9 @@ def test_a_judge_of_reasoning_is_asked_in_both_orders(says, kept, tmp_path, monk
     traces = [trace(1, reason="hasty"), trace(1, reason="careful {task} {first}")]
     use_judges(monkeypatch, policy=policy_of([traces, [CLEAN] * 2, [trace(2), CLEAN]]), judge=judge)
     out = str(tmp_path / "prefer.jsonl")
-    data.main(["rank", write_pairs(tmp_path, *["Image 1"] * 3), "--policy", "policy", "--judge", "judge", "--num-traces", "2", "--out", out])
-    assert counts(capsys.readouterr().out) == {"mixed": 1, "dropped: all right, alike": 1, "traces, and their accuracy": 6,
-                                               **({"all right": 1} if kept else {"dropped: all right, no agreement": 1})}
-    assert [row["case"] for row in rows(out)] == ["all right"] * bool(kept) + ["mixed"]
+    data.main(["rank", write_pairs(tmp_path, *["Image 1"] * 3), "--model", "policy", "--judge", "judge", "--num-samples", "2", "--out", out])
+    assert counts(capsys.readouterr().out) == {"mixed": 1, **({"all right": 1, "dropped: all right": 1} if kept else {"dropped: all right": 2})}
+    assert [row["prompt"] for row in rows(out)] == ["prompt 0"] * bool(kept) + ["prompt 2"]
     if kept:
         assert kept in rows(out)[0]["chosen"] and {rows(out)[0]["chosen"], rows(out)[0]["rejected"]} == {*traces}
     assert len(asked) == 2 and all(isinstance(q, Candidate) and len(q.media) == 2 for q in asked)
@@ -368,7 +376,7 @@ def votes(*winners):
 
 def test_best_and_worst_by_hand():
     pairs = [(0, 1), (3, 2)]
-    pick = lambda *scores, winners=(1, 2): data.best_and_worst(pairs, votes(*winners), list(scores), 4)
+    pick = lambda *scores, winners=(1, 2): data.best_of_n(pairs, votes(*winners), list(scores), 4)
     assert pick(5, 1, 4, 2) == (None, 0, 1)                                     # 0 and 2 won; 1 and 3 lost
     assert pick(3, 2, 4, 1) == (None, 2, 3)
     assert pick(3, 1, None, 2) == (None, 0, 1)
@@ -377,125 +385,65 @@ def test_best_and_worst_by_hand():
     assert pick(5, 1, 4, 2, winners=(0, None)) == ("undecided", None, None)
     assert pick(None, 1, None, 2) == ("undecided", None, None)
     pairs = [(0, 1), (1, 2), (0, 2)]                                            # win rates
-    assert data.best_and_worst(pairs, votes(1, 1, 1), None, 3) == (None, 0, 2)
-    assert data.best_and_worst(pairs, votes(2, 2, 2), None, 3) == (None, 2, 0)
-    assert data.best_and_worst(pairs, votes(1, 1, 2), None, 3) == ("equal", None, None)             # a circle
-    assert data.best_and_worst(pairs, votes(None, None, None), None, 3) == ("undecided", None, None)
-    assert data.best_and_worst(pairs, votes(None, 1, None), None, 3) == (None, 1, 2)                # 0 never met anyone
+    assert data.best_of_n(pairs, votes(1, 1, 1), None, 3) == (None, 0, 2)
+    assert data.best_of_n(pairs, votes(2, 2, 2), None, 3) == (None, 2, 0)
+    assert data.best_of_n(pairs, votes(1, 1, 2), None, 3) == ("equal", None, None)             # a circle
+    assert data.best_of_n(pairs, votes(None, None, None), None, 3) == ("undecided", None, None)
+    assert data.best_of_n(pairs, votes(None, 1, None), None, 3) == (None, 1, 2)                # 0 never met anyone
 
 
-PIPE = "height=48 width=48 max_sequence_length=12 num_inference_steps=2".split()
-
-
-def test_sift_finds_the_reddest(generator_folder, tmp_path, monkeypatch, capsys):
-    """Candidate i of a prompt is a function of (seed, its number, i), whatever else is in the chunk."""
-    import sft
-    use_judges(monkeypatch, red=red_judge)
-    (tmp_path / "p.txt").write_text("a red circle\n\na blue square\na blue square\n")
-    pipe = sft.load_pipeline(generator_folder, torch.device("cpu"))
-    made = [sorted((red(frames) for frames in sft.sample_media(pipe, [prompt] * 5, [(5, number, i) for i in range(5)], **dict(map(sft.pipe_arg, PIPE)))))
-            for prompt, number in (("a red circle", 0), ("a blue square", 1), ("a blue square", 2))]
-    for how, options in enumerate((["winrate"], ["winrate", "--pairs", "ring:2"], ["score"], ["score", "--chunk", "1"])):
-        out = tmp_path / f"{how}/pairs.jsonl"
-        data.main(["sift", str(tmp_path / "p.txt"), "--model", generator_folder, "--judge", "red", "--num-candidates", "5", "--seed", "5", "--out", str(out),
-                   "--pipe-arg", *PIPE, "--rank-by", *options])
-        assert counts(capsys.readouterr().out) == {"kept": 3}
-        found = data.read_records(out, "pair")
-        for record, reds in zip(found, made, strict=True):
-            best, worst = [red(data.load_media(m)) for m in record["images"]][::1 if record["winner"] == "Image 1" else -1]
-            assert min(abs(best - r) for r in reds) < .05 and min(abs(worst - r) for r in reds) < .05 and best > worst
-            assert options != ["winrate"] or (abs(best - reds[-1]) < .05 and abs(worst - reds[0]) < .05)
-        assert len({m.read_bytes() for record in found for m in record["images"]}) == 6             # the same prompt twice is two prompts
-    assert (tmp_path / "2/pairs.jsonl").read_bytes() == (tmp_path / "3/pairs.jsonl").read_bytes()   # however they are grouped
-
-
-def test_sifted_videos_are_lossless_folders_of_frames(tmp_path, monkeypatch):
-    import sft
-    frames = lambda seed: [Image.effect_noise((16, 16), 20 + 10 * i).convert("RGB").point(lambda v: (v + 60 * seed[2]) % 256) for i in range(12)]
-    made = {}
-    monkeypatch.setattr(sft, "load_pipeline", lambda *args: None)
-    monkeypatch.setattr(sft, "sample_media", lambda pipe, prompts, seeds, *args, **options: [made.setdefault(seed, frames(seed)) for seed in seeds])
-    use_judges(monkeypatch, red=red_judge)
-    (tmp_path / "p.txt").write_text("a\nb\nc\n")
-    data.main(["sift", str(tmp_path / "p.txt"), "--model", "m", "--judge", "red", "--num-candidates", "2", "--rank-by", "winrate", "--out", str(tmp_path / "pairs.jsonl")])
-    found = data.read_records(tmp_path / "pairs.jsonl", "pair")
-    assert len(found) == 3 and {r["winner"] for r in found} <= {"Video 1", "Video 2"}
-    for number, record in enumerate(found):
-        shown = [data.load_media(m, 12) for m in record["videos"]]
-        assert sorted([[f.tobytes() for f in video] for video in shown]) == sorted([f.tobytes() for f in made[0, number, i]] for i in (0, 1))
-        best, worst = shown[::1 if record["winner"] == "Video 1" else -1]
-        assert red(best) > red(worst)
-
-
-def test_sift_edits_the_source_of_each_prompt(tmp_path, monkeypatch):
-    import sft
-    monkeypatch.setattr(sft, "load_pipeline", lambda *args: None)
-    monkeypatch.setattr(sft, "sample_media", lambda pipe, prompts, seeds, size, image: [[Image.new("RGB", (16, 16), (seed[2], source.getpixel((0, 0))[0], 0))]
-                                                                                       for seed, source in zip(seeds, image, strict=True)])
-    use_judges(monkeypatch, red=red_judge)
-    for i in range(2):
-        Image.new("RGB", (16, 16), (100 + i, 0, 0)).save(tmp_path / f"{i}.png")
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": "p", "source": f"{i}.png"}) for i in range(2)))
-    data.main(["sift", str(tmp_path / "p.jsonl"), "--model", "m", "--judge", "red", "--num-candidates", "2", "--rank-by", "winrate", "--out", str(tmp_path / "o.jsonl")])
-    found = data.read_records(tmp_path / "o.jsonl", "pair")
-    assert [record["source"] for record in found] == [tmp_path / f"{i}.png" for i in range(2)]
-    assert [[Image.open(m).getpixel((0, 0))[1] for m in record["images"]] for record in found] == [[100] * 2, [101] * 2]
+def test_best_and_worst_become_records():
+    """Of texts a preference, of frames a pair whose order is random, as the rng says."""
+    pairs, verdicts = [(0, 1), (1, 2), (0, 2)], votes(1, 1, 1)
+    assert data.pair_of({"instruction": "?"}, ["a", "b", "c"], pairs, verdicts) == ("kept", {"instruction": "?", "chosen": "a", "rejected": "c"})
+    assert data.pair_of({}, ["a", "b", "a"], pairs, verdicts) == ("dropped: alike", None)
+    assert data.pair_of({}, ["a", Failure("b"), "c"], pairs, verdicts) == ("dropped: failure", None)
+    assert data.pair_of({}, ["a", "b", "c"], pairs, votes(1, 1, 2)) == ("dropped: equal", None)
+    images = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
+    for media, name, winner in (([[image] for image in images], "images", "Image"), ([[image] * 2 for image in images], "videos", "Video")):
+        made = [data.pair_of({"prompt": "p"}, media, pairs, verdicts, None, random.Random(i))[1] for i in range(20)]
+        assert {record["winner"] for record in made} == {f"{winner} 1", f"{winner} 2"}
+        best, worst = (images[0], images[2]) if name == "images" else (media[0], media[2])
+        assert all(record == {"prompt": "p", name: [best, worst][::1 if record["winner"].endswith("1") else -1], "winner": record["winner"]} for record in made)
 
 
 def test_sift_answers_of_a_vision_language_model(tmp_path, monkeypatch, capsys):
-    """The longer answer is better; questions may be ours, ShareGPT's or TRL's."""
+    """The longer answer is better; questions may be ours, ShareGPT's or TRL's. Every two are compared in both orders."""
     Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
     lines = [{"question": "What is it? 0", "images": ["a.png"]}, {"conversations": [{"from": "human", "value": "<image>\nWhat is it? 1"}], "images": ["a.png"]},
              {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it? 2"}]}], "images": ["a.png"]},
              {"instruction": "What is it? 3", "images": ["a.png"]}]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    texts = {"0": ["red", "a red image", "r"], "1": ["same", "also", "both"], "2": ["red", Failure("x"), "re"], "3": ["x", "yy", "zzz"]}
+    texts = {"0": ["red", "a {task} image", "r"], "1": ["same", "also", "both"], "2": ["red", Failure("x"), "re"], "3": ["x", "yy", "zzz"]}
+    left, compared = {k: list(v) for k, v in texts.items()}, []
 
     def judge(question, temperature):
-        first, _, second = question.prompt.partition("\n\nAnswer 2: ")
-        assert "right" in question.prompt and len(question.media) == 1
-        if not second:
-            return f"Final Score: {len(question.prompt.partition('Answer: ')[2])}"
-        first, second = first.partition("Answer 1: ")[2], second.partition("\n\nAnswer with")[0]
-        return json.dumps({"winner": "Tie" if len(first) == len(second) else "Answer 1" if len(first) > len(second) else "Answer 2"})
+        compared.append(question.prompt)
+        assert "right" in question.prompt and len(question.media) == 1 and temperature == 0
+        return long_judge(question, temperature)
 
-    for how, best in (("winrate", 2), ("score", 1)):                            # by scores 0 and 1 meet, and 2 is left out
-        use_judges(monkeypatch, vlm=lambda q, t: left[q.prompt[-1]].pop(0), judge=judge)
-        left = {k: list(v) for k, v in texts.items()}
-        out = tmp_path / f"{how}.jsonl"
-        data.main(["sift", str(tmp_path / "q.jsonl"), "--model", "vlm", "--judge", "judge", "--num-candidates", "3", "--rank-by", how, "--out", str(out)])
-        reason = {"winrate": "equal", "score": "undecided"}[how]
-        assert counts(capsys.readouterr().out) == {"kept": 2, "dropped: failure": 1, f"dropped: {reason}": 1}
-        found = data.read_records(out, "preference")
-        assert [(r["instruction"], r["chosen"]) for r in found] == [("What is it? 0", "a red image"), ("What is it? 3", texts["3"][best])]
-        assert [r["rejected"] for r in found] == [{"winrate": "r", "score": "red"}[how], "x"]
+    use_judges(monkeypatch, vlm=lambda q, t: left[q.prompt[-1]].pop(0), judge=judge)
+    out = tmp_path / "preferences.jsonl"
+    data.main(["sift", str(tmp_path / "q.jsonl"), "--model", "vlm", "--judge", "judge", "--num-samples", "3", "--out", str(out)])
+    assert counts(capsys.readouterr().out) == {"kept": 2, "dropped: failure": 1, "dropped: equal": 1}
+    assert len(compared) == len(set(compared)) == 4 * 6
+    assert [(r["instruction"], r["chosen"], r["rejected"]) for r in data.read_records(out, "preference")] == [
+        ("What is it? 0", "a {task} image", "r"), ("What is it? 3", "zzz", "x")]
 
 
-def test_an_answer_is_not_preferred_to_itself(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("says", ["Answer 1", "Answer 2", "?"])
+def test_a_judge_that_goes_by_the_place_prefers_nothing(says, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "What is it?", "images": ["a.png"]}))
-    scores = iter((1, 5, 5, 1))                      # whoever won, one of two runs has it scored higher
-    use_judges(monkeypatch, vlm=lambda q, t: "a dot", judge=lambda q, t: '{"winner": "Answer 1"}' if "Answer 2" in q.prompt else f"Final Score: {next(scores)}")
-    for run in "ab":
-        data.main(["sift", str(tmp_path / "q.jsonl"), "--model", "vlm", "--judge", "judge", "--num-candidates", "2", "--out", str(tmp_path / run)])
-    assert sorted(line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line[0] == " ") == ["dropped: alike", "dropped: scores contradict"]
+    answers = iter(["a", "b", "c"])
+    use_judges(monkeypatch, vlm=lambda q, t: next(answers), judge=lambda q, t: json.dumps({"winner": says}))
+    data.main(["sift", str(tmp_path / "q.jsonl"), "--model", "vlm", "--judge", "judge", "--num-samples", "3", "--out", str(tmp_path / "o.jsonl")])
+    assert counts(capsys.readouterr().out) == {"dropped: undecided" if says == "?" else "dropped: equal": 1}
 
 
-def test_sift_says_what_is_wrong_before_it_is_late(generator_folder, tmp_path, monkeypatch):
-    use_judges(monkeypatch, judge=lambda q, t: trace(1))
-    (tmp_path / "p.txt").write_text("a\n")
-    argv = ["sift", str(tmp_path / "p.txt"), "--model", generator_folder, "--judge", "judge", "--out", str(tmp_path / "o.jsonl"), "--pipe-arg", *PIPE]
-    with pytest.raises(SystemExit, match="no score in what the judge says, as .*With a judge that only compares: --rank-by winrate"):
-        data.main([*argv, "--num-candidates", "2"])
-    with pytest.raises(SystemExit, match="a comparison needs at least 2"):
-        data.main([*argv, "--num-candidates", "1"])
-    with pytest.raises(SystemExit, match="K goes from 1 to 2, or use 'all'"):
-        data.main([*argv, "--num-candidates", "4", "--pairs", "ring:3"])
-
-
-@pytest.mark.parametrize("argv, message", [(["distill", "p", "--out", "o"], "distill needs --teacher"), (["rank", "p"], "rank needs --out"),
-                                           (["sift", "p", "--out", "o"], "sift needs --model"), (["rank", "p", "--out", "o", "--chunk", "0"], "--chunk is 0; expected at least 1"),
-                                           (["distill", "p", "--out", "o", "--teacher", "t", "--tries", "-1"], "--tries is -1; expected at least 1")])
+@pytest.mark.parametrize("argv, message", [(["distill", "p", "--out", "o"], "distill needs --teacher"), (["rank", "p", "--out", "o"], "rank needs --model"),
+                                           (["rank", "p", "--model", "m"], "rank needs --out"), (["sift", "p", "--out", "o"], "sift needs --model"),
+                                           (["distill", "p", "--out", "o", "--teacher", "t", "--num-samples", "-1"], "--num-samples is -1; expected at least 1")])
 def test_missing_and_senseless_options_are_named(argv, message, capsys):
     with pytest.raises(SystemExit):
         data.main(argv)
@@ -504,5 +452,8 @@ def test_missing_and_senseless_options_are_named(argv, message, capsys):
 
 def test_a_missing_judge_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    use_judges(monkeypatch)
     with pytest.raises(SystemExit, match="data.py: no judge in out/judge-dpo/model or out/judge-sft/model"):
-        data.main(["sift", "p.txt", "--model", "m", "--out", "o"])
+        data.main(["sift", "q.jsonl", "--model", "m", "--out", "o"])
+    with pytest.raises(SystemExit, match="data.py: q.jsonl does not exist"):
+        data.main(["sift", "q.jsonl", "--model", "m", "--judge", "j", "--out", "o"])

@@ -1,8 +1,7 @@
-"""Diffusion-DPO on tiny random pipelines: the loss against direct calls of their denoisers, clean latents, sampling, whole runs."""
+"""Diffusion-DPO on tiny random pipelines: the loss against direct calls of their denoisers, clean latents, sampling, candidates, whole runs."""
 import json
 import math
 import shutil
-from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -11,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import data
 import dpo
-import sft
+from reward import Candidate, Failure
+from sft import (denoisers, drive, load_pipeline, predict, prepare_training, run_pipeline, sample_media, seeded_generator, seeded_noise, trainable,
+                 unguided)
 from test_ranks import COMMON, SIX, launch
-from test_sft import rows, weights
+from test_sft import rows, small, weights
 from tiny_pipelines import BETAS, DIFFUSION, make
 
 PROMPTS, CPU = ["a cat", "a dog on a cube", "a red cube"], torch.device("cpu")
-FAST = ["--warmup-steps", "1", "--no-bf16", "--batch-size", "2", "--eval-num", "2"]
+FAST = ["--warmup-steps", "1", "--no-bf16", "--batch-size", "2", "--watch", "none"]
 
 
 def picture(seed, side=16):
@@ -51,7 +53,7 @@ def folder_of(family, path, winners=("Image 2", "Tie", "Image 1"), side=16):
     (path / "prompts.txt").write_text("a cat\na dog\n")
     call = {k: v for k, v in args.items() if k not in ("guidance_scale", "negative_prompt")} | {"num_inference_steps": 2}
     return ["--task", "generator", "--model", str(path / "base"), "--data", str(path / "pairs.jsonl"), "--eval-data", str(path / "prompts.txt"),
-            *FAST, "--pipe-arg", *(f"{k}={v}" for k, v in call.items())]
+            *FAST, "--pipe-args", *(f"{k}={v}" for k, v in call.items())]
 
 
 def direct(family, pipe, x, t, prompts):
@@ -89,18 +91,33 @@ def clean(family, pipe, frames):
 @pytest.mark.parametrize("family", [*DIFFUSION, "SD3.5", "FLUX.1", "Wan 2.1"])
 def test_loss_is_that_of_direct_calls_and_ln2_at_first(family, rank, tmp_path):
     args = dpo.parse_args([*folder_of(family, tmp_path), "--lora-rank", rank, "--sigma-mean", ".5", "--seed", "3"])
-    task = dpo.Generator(args, sft.start_ranks())
+    pipe = load_pipeline(args.model, CPU)
+    policy, call = denoisers(pipe), args.pipe_args
+    reference = policy if args.lora_rank else dpo.frozen_copy(policy, args, CPU)
+    prepare_training(policy, args, CPU)
+    policy.eval()
+    pairs = [r for r in data.read_records(args.data, "pair") if r["winner"] != "Tie"]
+    latents = dpo.encode_pairs(pipe, pairs, call)
     indices, step = [1, 0], 5
-    batch = task.batch(indices, step)
-    losses = dpo.dpo_loss(*task.logps(batch)[0], *task.reference_logps(batch), args.beta)[0]
-    torch.testing.assert_close(losses, torch.full((2,), math.log(2)).double(), atol=3e-4, rtol=0)
+    x, t, target = dpo.add_noise(pipe, latents[:, indices].flatten(0, 1), args, step, indices + indices)
+    inputs = {**unguided(pipe, call), "prompt": [pairs[i]["prompt"] for i in indices + indices]}
+
+    def losses_and_errors(beta):
+        """((B,) losses, {name: (B,) errors}) by the functions of the loop."""
+        with torch.no_grad(), dpo.reference_policy(pipe, reference, args):
+            ref_chosen, ref_rejected = dpo.denoising_logps(pipe, x, t, target, inputs).chunk(2)
+        chosen, rejected = dpo.denoising_logps(pipe, x, t, target, inputs).chunk(2)
+        assert not ref_chosen.requires_grad and chosen.requires_grad
+        parts = (chosen, rejected, ref_chosen, ref_rejected)
+        names = ("error/winner", "error/loser", "error/winner_ref", "error/loser_ref")
+        return dpo.dpo_loss(*parts, beta)[0], {name: -2 * part.detach() for name, part in zip(names, parts)}
+
+    torch.testing.assert_close(losses_and_errors(args.beta)[0], torch.full((2,), math.log(2)).double(), atol=3e-4, rtol=0)
     torch.manual_seed(0)
-    for module in task.modules.values():
-        for p in sft.trainable(module).values():
-            p.data += (.02 if rank == "0" else .3) * torch.randn_like(p)
-    logps, stats = task.logps(batch)
-    losses, *rewards = dpo.dpo_loss(*logps, *(reference := task.reference_logps(batch)), beta := 5)
-    stats |= task.reference_stats(reference)
+    for p in trainable(policy):
+        p.data += (.02 if rank == "0" else .3) * torch.randn_like(p)
+    beta = 5
+    losses, stats = losses_and_errors(beta)
 
     base = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "base")
     records = [r for r in map(json.loads, open(args.data)) if r["winner"] != "Tie"]
@@ -112,36 +129,37 @@ def test_loss_is_that_of_direct_calls_and_ln2_at_first(family, rank, tmp_path):
             files = sorted((tmp_path / path).glob("*.png")) if "videos" in records[i] else [tmp_path / path]
             with torch.no_grad():
                 x0 = clean(family, base, [Image.open(f) for f in files])
-            noise = sft.seeded_noise(x0.shape[1:], 3, step, i)[None]
+            noise = seeded_noise(x0.shape[1:], 3, step, i)[None]
             if family in DIFFUSION:
-                t = torch.randint(1000, (), generator=sft.generator(3, step, i, "t"))[None]
+                t = torch.randint(1000, (), generator=seeded_generator(3, step, i, "t"))[None]
                 ddpm = diffusers.DDPMScheduler(**BETAS)
                 x, target = ddpm.add_noise(x0, noise, t), ddpm.get_velocity(x0, noise, t) if family == "SD2.1" else noise
             else:
-                sigma = torch.sigmoid(.5 + sft.seeded_noise((), 3, step, i, "sigma"))
+                sigma = torch.sigmoid(.5 + seeded_noise((), 3, step, i, "sigma"))
                 x, target, t = x0 + sigma * (noise - x0), noise - x0, 1000 * sigma[None]
             with torch.no_grad():
-                errors[side] = [(direct(family, pipe, x, t, [records[i]["prompt"]]) - target).pow(2).mean() for pipe in (task.pipe, base)]
+                errors[side] = [(direct(family, model, x, t, [records[i]["prompt"]]) - target).pow(2).mean() for model in (pipe, base)]
         (w, w_ref), (l, l_ref) = errors["w"], errors["l"]
         torch.testing.assert_close(torch.stack([stats["error/winner"][b], stats["error/loser"][b]]), torch.stack([w, l]).double(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(torch.stack([stats["error/winner_ref"][b], stats["error/loser_ref"][b]]), torch.stack([w_ref, l_ref]).double(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(losses[b], -F.logsigmoid(-beta / 2 * ((w - w_ref) - (l - l_ref))).double(), atol=1e-5, rtol=1e-4)
         assert (w - w_ref).abs() > 1e-4 < (l - l_ref).abs()                     # there is something to compare
     losses.sum().backward()
-    assert sum(p.grad.abs().sum() for module in task.modules.values() for p in sft.trainable(module).values() if p.grad is not None) > 0
+    assert sum(p.grad.abs().sum() for p in trainable(policy) if p.grad is not None) > 0
 
 
 @pytest.mark.parametrize("family", ["SD1.5", "text-to-video", "FLUX.1", "SD3.5", "Qwen-Image", "Z-Image", "Sana", "Wan 2.1", "HunyuanVideo"])
 def test_the_pipeline_decodes_encoded_media_as_its_vae_does(family):
     """Shift, scale and packing are undone; media come to height and width by the pipeline's processor."""
     pipe, args = make(family)
-    pipe, num_frames = sft.prepare(pipe, CPU), args.get("num_frames", 1)
+    pipe, num_frames = drive(pipe, CPU), args.get("num_frames", 1)
     media = [[picture(10 * i + f, 40) for f in range(num_frames)] for i in range(2)]
-    x = sft.encode_media(pipe, media, height=args["height"], width=args["width"])
+    x = data.encode_media(pipe, media, args)
 
     def keep(i, latents, v):
         return x if latents.shape == x.shape else x.transpose(1, 2).flatten(0, 1)
-    images = sft.run(pipe, keep, prompt=PROMPTS[:2], **{**args, "num_inference_steps": 1, "output_type": "pt"})[0]
+    with torch.no_grad():
+        images = run_pipeline(pipe, keep, prompt=PROMPTS[:2], **{**args, "num_inference_steps": 1, "output_type": "pt"})[0]
     inputs = torch.stack([torch.cat([pixels(f.resize((args["width"], args["height"]), Image.LANCZOS)) for f in frames]) for frames in media])     # (B, F, 3, H, W)
     with torch.no_grad():
         deep = family in ("Qwen-Image", "Wan 2.1", "HunyuanVideo")
@@ -157,19 +175,20 @@ def test_the_pipeline_decodes_encoded_media_as_its_vae_does(family):
 def test_samples_through_the_driver_are_the_stock_ones(family):
     """Euler schedulers scale the model's input, ancestral ones draw noise from the generators."""
     pipe, args = make(family)
-    ask = lambda call: call(prompt=PROMPTS, generator=[sft.generator(i) for i in range(3)], num_inference_steps=3, output_type="pt", **args)[0]
+    ask = lambda call: call(prompt=PROMPTS, generator=[seeded_generator(i) for i in range(3)], num_inference_steps=3, output_type="pt", **args)[0]
     stock = ask(pipe)
-    pipe = sft.prepare(pipe, CPU)
-    torch.testing.assert_close(ask(lambda **kwargs: sft.run(pipe, **kwargs)), stock, atol=1e-5, rtol=0)
+    pipe = drive(pipe, CPU)
+    with torch.no_grad():
+        torch.testing.assert_close(ask(lambda **kwargs: run_pipeline(pipe, **kwargs)), stock, atol=1e-5, rtol=0)
 
 
 def test_wan_with_two_experts_takes_one_timestep_a_call():
     pipe, args = make("Wan 2.2")
-    pipe = sft.prepare(pipe, CPU)
+    pipe = drive(pipe, CPU)
     x, t, args = torch.randn(2, 16, 2, 2, 2), torch.tensor([900., 100.]), {**args, "guidance_scale": 0, "guidance_scale_2": 0}
-    together = sft.predict(pipe, x, t, grad=False, prompt=PROMPTS[:2], **args)
-    embeds = pipe.encode_prompt(PROMPTS[:2], None, False, max_sequence_length=32)[0]
     with torch.no_grad():
+        together = predict(pipe, x, t, prompt=PROMPTS[:2], **args)
+        embeds = pipe.encode_prompt(PROMPTS[:2], None, False, max_sequence_length=32)[0]
         alone = [model(hidden_states=x[i:i + 1], timestep=t[i:i + 1], encoder_hidden_states=embeds[i:i + 1]).sample
                  for i, model in enumerate((pipe.transformer, pipe.transformer_2))]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
@@ -181,17 +200,19 @@ def test_a_run_resumes_exactly_and_its_adapter_loads_in_diffusers(rank, tmp_path
     args = [*folder_of("SD1.5", tmp_path), "--out", str(out), "--lora-rank", rank, "--max-steps", "4", "--save-every", "2", "--lr", "3e-2"]
     dpo.main(args)
     said = capsys.readouterr().out
-    assert "2 pairs, 1 ties are dropped" in said and "2 held-out samples" in said
-    log, whole = rows(out), weights(out, 4)
+    assert "2 pairs without 1 ties, 2 a step" in said
+    log, saved = rows(out), weights(out, 4)
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and log[0]["rewards/margin"] == pytest.approx(0, abs=1e-5) != log[-1]["rewards/margin"]
     assert all(row["error/winner"] > 0 < row["error/loser"] for row in log)
     assert log[0]["error/winner_ref"] == pytest.approx(log[0]["error/winner"], rel=1e-4) and log[-1]["error/loser_ref"] != log[-1]["error/loser"]
-    assert (out / "before_after.png").exists() and (out / "curves.png").exists()
+    page = (out / "before_after.html").read_text()
+    assert page.count("<img") == 4 and "before: a cat" in page
     shutil.rmtree(out / "step_000004")
     dpo.main([*args, "--resume"])
-    assert all(torch.equal(v, weights(out, 4)[k]) for k, v in whole.items())
+    again = weights(out, 4)
+    assert all(torch.equal(v, again[k]) for k, v in saved.items())
     assert [r["loss"] for r in rows(out)] == [r["loss"] for r in log]
-    ask = lambda pipe: pipe(prompt="a cat", height=16, width=16, num_inference_steps=3, output_type="np", generator=sft.generator(1)).images
+    ask = lambda pipe: pipe(prompt="a cat", height=16, width=16, num_inference_steps=3, output_type="np", generator=seeded_generator(1)).images
     base, ours = (diffusers.DiffusionPipeline.from_pretrained(folder) for folder in (tmp_path / "base", out / "model"))
     assert type(ours.scheduler) is diffusers.PNDMScheduler
     first, merged = ask(base), ask(ours)
@@ -202,19 +223,119 @@ def test_a_run_resumes_exactly_and_its_adapter_loads_in_diffusers(rank, tmp_path
         assert abs(ask(base) - merged).max() < 1e-4
 
 
-def test_two_ranks_with_shards_equal_one_process(tmp_path):
+def test_two_ranks_with_shards_equal_one_process(generator_folder, tmp_path):
+    """On pairs, and from three prompts, whose candidates the ranks share."""
     options = folder_of("SD1.5", tmp_path, winners=("Image 2", "Image 1", "Image 1"))
+    (tmp_path / "judge.py").write_text(JUDGE)
+    (tmp_path / "three.txt").write_text("a red circle\na blue star\na red cube\n")
+    prompts = ["--task", "generator", "--model", generator_folder, "--data", f"{tmp_path}/three.txt", "--eval-data", f"{tmp_path}/prompts.txt",
+               "--judge", f"{tmp_path}/judge.py:bright", "--num-samples", "4", "--watch", "none"]
     for ranks, more in ((1, []), (2, ["--fsdp"])):
         batch, accumulation = SIX[ranks]
-        command = ["dpo", *options, *COMMON, "--batch-size", batch, "--accumulation", accumulation, "--eval-num", "3", "--beta", "50", *more]
-        launch(ranks, [[*command, "--lora-rank", rank, "--out", str(tmp_path / f"{ranks}-{rank}")] for rank in ("4", "0")])
-    for rank in ("4", "0"):
+        command = ["dpo", *options, *COMMON, "--batch-size", batch, "--accumulation", accumulation, "--beta", "50", *more]
+        runs = [[*command, "--lora-rank", rank, "--out", str(tmp_path / f"{ranks}-{rank}")] for rank in ("4", "0")]
+        size = ["--batch-size", batch, "--accumulation", accumulation]
+        launch(ranks, [*runs, ["dpo", *prompts, *COMMON, *size, *more, "--out", str(tmp_path / f"{ranks}-prompts")]])
+    pairs = [(tmp_path / f"{ranks}-prompts/pairs.jsonl").read_text().splitlines() for ranks in (1, 2)]
+    assert pairs[0] == pairs[1] and len(pairs[0]) == 3
+    for i in range(3):
+        for k in (1, 2):
+            one, two = (np.asarray(Image.open(tmp_path / f"{n}-prompts/images/pairs_{i:06d}_{k}.png"), dtype=int) for n in (1, 2))
+            assert abs(one - two).max() <= 1
+    for rank in ("4", "0", "prompts"):
         one, two = rows(tmp_path / f"1-{rank}"), rows(tmp_path / f"2-{rank}")
         for a, b in zip(one, two, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-6)
         a, b = weights(tmp_path / f"1-{rank}", 2), weights(tmp_path / f"2-{rank}", 2)
         assert max((a[k] - b[k]).abs().max().item() for k in a) < 1.5e-4
         assert (tmp_path / f"2-{rank}" / "model").exists()
+
+
+# ---------------------------------------------------------------- candidates of prompts
+
+JUDGE = """
+import numpy as np
+
+def brightness(frames):
+    return float(np.mean([np.asarray(frame).mean() for frame in frames]))
+
+def bright(questions):
+    # the brighter one wins
+    return ['{"winner": "Image %d"}' % (1 if brightness(q.media_1) > brightness(q.media_2) else 2) for q in questions]
+
+def silent(questions):
+    return ["no idea"] * len(questions)
+"""
+
+
+def brightness(path):
+    return np.asarray(Image.open(path)).mean()
+
+
+def test_from_prompts_the_best_and_the_worst_candidates_become_pairs(generator_folder, toy_folder, tmp_path, capsys, monkeypatch):
+    """By a judge to which brighter is better the brightest of a prompt's candidates wins against the darkest, in random order; a
+    run that goes on takes the same pairs, on any number of ranks they are the same."""
+    (tmp_path / "judge.py").write_text(JUDGE)
+    monkeypatch.setattr(dpo, "NUM_PROMPTS", 7)
+    monkeypatch.setattr(dpo, "CHUNK", 3)
+    prompts = (tmp_path / "prompts.txt")
+    prompts.write_text("".join(open(f"{toy_folder}/prompts.txt").readlines()[:9]))
+    out = tmp_path / "run"
+    args = [*small(toy_folder, "generator"), "--model", generator_folder, "--data", str(prompts), "--judge", f"{tmp_path}/judge.py:bright",
+            "--num-samples", "4", "--lora-rank", "2", "--max-steps", "2", "--save-every", "1", "--seed", "5", "--no-bf16", "--out", str(out)]
+    dpo.main(args)
+    said = capsys.readouterr().out
+    assert "4 candidates for each of the first 7 of 9 prompts" in said and "'kept': 7" in said and "7 pairs without 0 ties" in said
+    assert (out / "before_after.html").exists() and "true" in said              # what --watch measures by default
+    pairs = data.read_records(out / "pairs.jsonl", "pair")
+    assert [p["prompt"] for p in pairs] == [r["prompt"] for r in data.read_records(prompts, "prompt")][:7]
+    assert {p["winner"] for p in pairs} == {"Image 1", "Image 2"}
+    pipe = load_pipeline(generator_folder, CPU)
+    for i, pair in enumerate(pairs):
+        media = sample_media(pipe, [pair] * 4, [(5, i, member) for member in range(4)], 4, pipe.call_args)
+        levels = [np.asarray(frames[0]).mean() for frames in media]
+        winner, loser = pair["images"] if pair["winner"] == "Image 1" else pair["images"][::-1]
+        assert brightness(winner) == max(levels) > min(levels) == brightness(loser)
+    log = rows(out)
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    shutil.rmtree(out / "step_000002")
+    (tmp_path / "judge.py").write_text(JUDGE.replace(">", "<"))
+    dpo.main([*args, "--resume"])
+    assert data.read_records(out / "pairs.jsonl", "pair") == pairs and [r["loss"] for r in rows(out)] == [r["loss"] for r in log]
+    dpo.main([*args, "--max-steps", "1"])                                       # a new run, by another judge
+    for old, new in zip(pairs, data.read_records(out / "pairs.jsonl", "pair"), strict=True):
+        assert (old["winner"] == "Image 1") == (new["winner"] == "Image 1")     # the order is of (seed, prompt)
+        assert old["images"] == new["images"]
+    with pytest.raises(ValueError, match="nothing is preferred: .*undecided"):
+        dpo.main([*args[:-1], str(tmp_path / "silent"), "--judge", f"{tmp_path}/judge.py:silent"])
+
+
+def test_a_judge_that_scores_ranks_by_half_the_comparisons_and_all_scores():
+    """Sec. 3 of arXiv 2503.05236. Candidates are grey levels; the judge prefers and scores the brighter one."""
+    groups = [[[Image.new("RGB", (4, 4), (level,) * 3)] for level in levels] for levels in ([10, 90, 50, 30, 70, 20], [5, 5, 5, 5])]
+    asked = []
+
+    def judge(questions):
+        asked.append([type(q) for q in questions])
+        level = lambda frames: frames[0].getpixel((0, 0))[0]
+        if type(questions[0]) is Candidate:
+            return [f"Final Score: {level(q.media)}" for q in questions]
+        return ['{"winner": "%s"}' % ("Tie" if level(q.media_1) == level(q.media_2) else
+                                     "Image 1" if level(q.media_1) > level(q.media_2) else "Image 2") for q in questions]
+
+    prompts = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+    cases = dpo.rank_groups(judge, True, prompts, [2, 0], groups, seed=0)
+    assert [len(questions) for questions in asked] == [3 + 2, 6 + 4]
+    assert cases[1] == ("dropped: undecided", None)
+    case, pair = cases[0]
+    images = pair["images"] if pair["winner"] == "Image 1" else pair["images"][::-1]
+    assert (case, pair["prompt"]) == ("kept", "c") and [image.getpixel((0, 0))[0] for image in images] == [90, 10]
+    asked.clear()
+    cases = dpo.rank_groups(judge, False, prompts, [2, 0], groups, seed=0)      # win rates: rings of 6 and 4
+    assert [len(questions) for questions in asked] == [12 + 6] and cases[1] == ("dropped: equal", None)
+    assert cases[0][0] == "kept"
+    with pytest.raises(ValueError, match="answers none of 18 questions: no route"):
+        dpo.rank_groups(lambda questions: [Failure("no route")] * len(questions), False, prompts, [2, 0], groups, seed=0)
 
 
 # ---------------------------------------------------------------- what is refused, and why
@@ -225,7 +346,7 @@ def refused(folder_options, *extra):
     return str(error.value)
 
 
-def test_bad_pairs_are_refused_with_the_reason(tmp_path, monkeypatch, capsys):
+def test_bad_pairs_are_refused_with_the_reason(tmp_path, monkeypatch):
     options = folder_of("SD1.5", tmp_path)
     out = ["--out", str(tmp_path / "run")]
     pairs = tmp_path / "pairs.jsonl"
@@ -237,19 +358,16 @@ def test_bad_pairs_are_refused_with_the_reason(tmp_path, monkeypatch, capsys):
     assert "pairs.jsonl:3:" in (text := refused(options, *out)) and "film.gif has more frames, StableDiffusionPipeline makes 1" in text
     pairs.write_text(sound)
     picture(0, 40).save(tmp_path / "20.png")
-    assert "media of different sizes, as [(16, 16), (40, 40)]: pass --pipe-arg height=" in refused([*options, *out], "--pipe-arg", "num_inference_steps=1")
+    assert "media of different sizes, as [(16, 16), (40, 40)]: pass --pipe-args height=" in refused([*options, *out], "--pipe-args", "num_inference_steps=1")
     picture(0, 16).save(tmp_path / "20.png")
     config = tmp_path / "base" / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"epsilon"', '"sample"'))
     assert "predicts 'sample'; expected epsilon" in refused(options, *out)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="python sft.py --task generator"):
+    with pytest.raises(SystemExit, match="sft.py --task generator"):
         dpo.main(["--task", "generator"])
-    with pytest.raises(SystemExit, match="out/sift/pairs.jsonl is not there yet"):
+    with pytest.raises(SystemExit, match="out/toy/prompts.txt is not there yet"):
         dpo.main(["--task", "generator", "--model", str(tmp_path / "base")])
-    with pytest.raises(SystemExit):
-        dpo.main(["--task", "generator", "--precompute-ref"])
-    assert "are for judges" in capsys.readouterr().err
 
 
 def test_clips_of_another_length_foreign_latents_and_packing_are_refused(tmp_path):
@@ -259,8 +377,8 @@ def test_clips_of_another_length_foreign_latents_and_packing_are_refused(tmp_pat
     (tmp_path / "wan").mkdir()
     assert "shards of different experts" in refused(folder_of("Wan 2.2", tmp_path / "wan"), "--fsdp")
     pipe, args = make("SD1.5")
-    with pytest.raises(ValueError, match="latents of shape .1, 4, 6, 6. where this call of the pipeline denoises .1, 4, 8, 8."):
-        sft.predict(sft.prepare(pipe, CPU), torch.randn(1, 4, 6, 6), torch.tensor([7]), prompt=["a cat"], **args)
+    with pytest.raises(ValueError, match="latents of shape .1, 4, 6, 6., but this call makes .1, 4, 8, 8."):
+        predict(drive(pipe, CPU), torch.randn(1, 4, 6, 6), torch.tensor([7]), prompt=["a cat"], **args)
     pipe, _ = make("LTX")
-    with pytest.raises(ValueError, match="LTXPipeline packs latents in a way of its own"):
-        sft.encode_media(pipe, [[picture(0)]])
+    with pytest.raises(ValueError, match="LTXPipeline.*packs latents in a way of its own"):
+        data.encode_media(pipe, [[picture(0)]], {})

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from transformers import AutoModelForImageTextToText
 
 import data
 import dpo
-import sft
+import toy_world
 from reward import load_processor
-from test_sft import SMALL, preferences, rows, weights
+from test_sft import preferences, rows, small, weights
 
 GOOD = ('{"categories":[{"name":"A. Semantic Alignment","dims":[{"name":"Color","reason_1":"a","reason_2":"b","score_1":7,"score_2":3}],'
         '"cat_reason":"r","cat_winner":"Image 1"}],"reason":"r","winner":"Image 1"}')
+FAULTY = GOOD.replace('"score_2":3', '"score_2":1')      # scores that do not sum to ten
 
 
 def test_loss_is_ln2_at_equal_policies_and_the_closed_form_elsewhere():
@@ -29,31 +29,27 @@ def test_loss_is_ln2_at_equal_policies_and_the_closed_form_elsewhere():
     torch.testing.assert_close(torch.cat([chosen, rejected]), torch.tensor([.1, -.4]))
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_logps_are_minus_cross_entropy_per_token(shared, judge_folder):
-    """An unshifted log-probability also gives ln 2 at step 0; only this catches it. With chosen and rejected after one prompt, each
-    must be as if it were alone."""
+def test_logps_are_minus_cross_entropy_per_token(judge_folder):
+    """An unshifted log-probability also gives ln 2 at step 0; only this catches it. Chosen and rejected are of unequal length."""
     model, processor = AutoModelForImageTextToText.from_pretrained(judge_folder).eval(), load_processor(judge_folder)
-    records = list(data.toy_world().Records("train", "trace", 3))
-    pairs = [(r["response"], r["response"][:40 + 30 * i]) for i, r in enumerate(records)]
-    rows = pairs if shared else [(pair[k],) for k in range(2) for pair in pairs]
+    records = list(toy_world.Records("train", "trace", 3))
+    responses = [r["response"] for r in records] + [r["response"][:40 + 30 * i] for i, r in enumerate(records)]
+    batch = data.encode(processor, records + records, responses)
     with torch.no_grad():
-        logps, lengths = dpo.response_logps(model, data.encode(processor, records if shared else records * 2, rows))
-    for k in range(2):
-        batch = data.encode(processor, records, [pair[k] for pair in pairs])
-        with torch.no_grad():
-            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-        for b in range(3):
-            steps = [(t - 1, batch["labels"][b, t]) for t in range(1, logits.shape[1]) if batch["labels"][b, t] != -100]
-            expected = sum(-torch.nn.functional.cross_entropy(logits[b, t], y) for t, y in steps)
-            torch.testing.assert_close(logps[k, b].float(), expected, atol=1e-3, rtol=1e-4)
-            assert lengths[k, b] == len(steps)
+        logps = dpo.response_logps(model, batch)
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    assert logps.dtype == torch.float64 and logps.shape == (6,)
+    for b in range(6):
+        steps = [(t - 1, batch["labels"][b, t]) for t in range(1, logits.shape[1]) if batch["labels"][b, t] != -100]
+        assert len(steps) == len(processor.tokenizer(responses[b])["input_ids"]) + 1
+        expected = sum(-torch.nn.functional.cross_entropy(logits[b, t], y) for t, y in steps)
+        torch.testing.assert_close(logps[b].float(), expected, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("traces, winner, expected", [
     ([GOOD, GOOD.replace('"winner":"Image 1"}', '"winner":"Image 2"}')], 1, ("mixed", 0, 1)),       # right over wrong
     ([GOOD, "nothing"], 1, ("mixed", 0, 1)),                                                        # an unreadable one is wrong
-    ([GOOD.replace('"score_2":3', '"score_2":4'), GOOD], 1, ("all right", 1, 0)),                   # scores that do not sum to ten
+    ([FAULTY, GOOD], 1, ("all right", 1, 0)),
     ([GOOD, GOOD], 1, ("all right", None, None)),                                                   # nothing to prefer
     ([GOOD, "nothing"], 2, ("all wrong", None, None)),
 ])
@@ -64,32 +60,78 @@ def test_rank_traces(traces, winner, expected):
 
 
 @pytest.mark.parametrize("lora", ["0", "4"])
-def test_first_loss_is_ln2_and_resume_is_exact(lora, judge_folder, tmp_path, capsys):
+def test_first_loss_is_ln2_and_resume_is_exact(lora, judge_folder, toy_folder, tmp_path, capsys):
     out = str(tmp_path / "run")
-    args = ["--model", judge_folder, "--data", preferences(tmp_path), "--out", out, "--lora-rank", lora, "--max-steps", "4",
-            "--save-every", "2", "--lr", "1e-3", "--no-bf16", *SMALL]
+    args = [*small(toy_folder), "--model", judge_folder, "--data", preferences(tmp_path), "--out", out, "--lora-rank", lora, "--max-steps", "4",
+            "--save-every", "2", "--lr", "1e-3", "--no-bf16"]
     dpo.main(args)
-    log, whole = rows(out), weights(out, 4)
+    log, saved = rows(out), weights(out, 4)
     assert abs(log[0]["loss"] - math.log(2)) < 1e-6 and log[-1]["loss"] < math.log(2)
+    assert log[0]["rewards/margin"] == pytest.approx(0, abs=1e-5) and log[-1]["rewards/chosen"] > log[-1]["rewards/rejected"]
+    assert log[-1]["rewards/accuracy"] > .5
     shutil.rmtree(Path(out, "step_000004"))
     dpo.main([*args, "--resume"])
-    assert all(torch.equal(v, weights(out, 4)[k]) for k, v in whole.items())
+    again = weights(out, 4)
+    assert all(torch.equal(v, again[k]) for k, v in saved.items())
     assert [r["loss"] for r in rows(out)] == [r["loss"] for r in log]
+    said = capsys.readouterr().out
+    assert "8 preferences, 4 a step" in said and "before    after" in said and "winner_accuracy" in said
+    assert Path(out, "verdict.html").exists()
 
 
-def test_traces_are_sampled_ranked_and_kept(judge_folder, tmp_path, monkeypatch):
-    """From pairs: the judge (here one that always prefers the first image, in two wordings) writes, ranks and leaves a file."""
-    answers = iter([GOOD, GOOD.replace('"score_2":3', '"score_2":1')] * 8)
-    judge = lambda comparisons, temperature: [next(answers) for _ in comparisons]
-    args = dpo.parse_args(["--data-num", "8", "--num-traces", "2", "--out", str(tmp_path)])
-    found = dpo.sample_preferences(args, judge, sft.start_ranks())
-    pairs = data.open_records("toy", "pair", 8, 0)
-    assert sorted(r["prompt"] for r in found) == sorted(p["prompt"] for p in pairs if p["winner"] == "Image 1")
-    assert all(r["chosen"] == GOOD for r in found) and (tmp_path / "preferences.jsonl").exists()
-    assert data.comparison(found[0]).media_1[0].size == (48, 48)
+class TwoWordings:
+    """In the place of the judge that writes traces: it always prefers the first image, in two wordings."""
+    asked = 0
+
+    def __init__(self, path, **options):
+        pass
+
+    def __call__(self, questions, temperature):
+        type(self).asked += len(questions)
+        assert temperature == .7
+        return [(GOOD, FAULTY)[i % 2] for i in range(len(questions))]
+
+
+def test_traces_are_sampled_ranked_kept_and_reused(judge_folder, toy_folder, tmp_path, monkeypatch, capsys):
+    """From pairs the judge writes traces, which are ranked and left in a file; a run that goes on does not write them again."""
+    monkeypatch.setattr(dpo, "LocalJudge", TwoWordings)
+    args = [*small(toy_folder), "--model", judge_folder, "--data", f"{toy_folder}/pairs.jsonl", "--out", str(tmp_path), "--num-samples", "2",
+            "--lora-rank", "2", "--max-steps", "2", "--save-every", "1"]
+    dpo.main(args)
+    pairs = data.read_records(f"{toy_folder}/pairs.jsonl", "pair")
+    preferred = data.read_records(tmp_path / "preferences.jsonl", "preference")
+    assert [r["prompt"] for r in preferred] == [p["prompt"] for p in pairs if p["winner"] == "Image 1"]
+    assert all((r["chosen"], r["rejected"]) == (GOOD, FAULTY) for r in preferred)
+    assert data.comparison(preferred[0]).media_1[0].size == (48, 48)
+    num_questions = TwoWordings.asked
+    assert num_questions == 2 * sum(p["winner"] != "Tie" for p in pairs)
+    shutil.rmtree(tmp_path / "step_000002")
+    dpo.main([*args, "--resume"])
+    assert TwoWordings.asked == num_questions and len(rows(tmp_path)) == 2
+    dpo.main(args)                                   # a new run
+    assert TwoWordings.asked == 2 * num_questions
+
+
+def test_a_judge_of_reasoning_ranks_right_traces(toy_folder, tmp_path, monkeypatch):
+    """--judge is asked in both orders which of two right traces is better; this one prefers what data.rank_traces does not."""
+    (tmp_path / "judge.py").write_text("def judge(questions):\n"
+                                       "    texts = [q.prompt for q in questions]\n"
+                                       "    first = [t.index('\"score_2\":1') < t.index('\"score_2\":3') for t in texts]\n"
+                                       "    return ['{\"winner\": \"Answer %d\"}' % (1 if f else 2) for f in first]\n")
+    monkeypatch.setattr(dpo, "LocalJudge", TwoWordings)
+    args = dpo.parse_args(["--data", f"{toy_folder}/pairs.jsonl", "--num-samples", "2", "--judge", f"{tmp_path}/judge.py:judge"])
+    records, _ = dpo.sample_preferences(args, "cpu")
+    assert records and all((r["chosen"], r["rejected"]) == (FAULTY, GOOD) for r in records)
+
+
+def test_nothing_to_prefer_is_an_error(judge_folder, toy_folder, tmp_path):
+    """An untrained judge's verdicts are all wrong."""
+    with pytest.raises(ValueError, match="nothing is preferred.*all wrong"):
+        dpo.main([*small(toy_folder), "--model", judge_folder, "--data", f"{toy_folder}/pairs.jsonl", "--out", str(tmp_path)])
+    assert not (tmp_path / "preferences.jsonl").exists()
 
 
 def test_missing_judge_names_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="python sft.py"):
+    with pytest.raises(SystemExit, match="sft.py"):
         dpo.main([])

@@ -1,7 +1,12 @@
 """The stochastic sampler, the objective, the reward of a group, whole runs."""
-import random
+import json
+import os
 import shutil
-from types import SimpleNamespace
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +16,15 @@ from torch.distributions import Normal
 import grpo
 import reward
 import sft
-from sft import generator
-from test_sft import GRPO, rows, weights
-from toy_models import PIPE_ARGS
+from conftest import ROOT
+from sft import run_pipeline, seeded_generator
+from test_dpo import GOOD
+from test_sft import rows, weights
+
+PROMPTS = ["a red circle", "a blue star above a green square"]
+RECORDS = [{"prompt": prompt} for prompt in PROMPTS]
+SEEDS = [(0, 0, 0, 0), (0, 0, 1, 1)]                 # (seed, step, prompt's index, member)
+FLEX = reward.Reward(1.0, "flex", None)
 
 
 @pytest.fixture(scope="module")
@@ -21,109 +32,107 @@ def pipe(generator_folder):
     return sft.load_pipeline(generator_folder, torch.device("cpu"))
 
 
-ARGS = grpo.parse_args(["--no-shared-noise", "--no-ratio-norm", "--kl", "0"])
-PROMPTS = ["a red circle", "a blue star above a green square"]
-SEEDS = [(0, 1), (0, 2)]
+@pytest.fixture(scope="module")
+def files(toy_folder, tmp_path_factory):
+    """A folder of a few prompts, and of rewards that need no judge."""
+    folder = tmp_path_factory.mktemp("files")
+    prompts = Path(toy_folder, "prompts.txt").read_text().splitlines()
+    (folder / "prompts.txt").write_text("\n".join(prompts[:6]) + "\n")
+    (folder / "held_out.txt").write_text("\n".join(prompts[6:10]) + "\n")
+    (folder / "rewards.py").write_text(
+        "import time\nimport numpy as np\n"
+        "def bright(media, prompts):\n    return [float(np.asarray(frames[0]).mean()) for frames in media]\n"
+        "def missing(media, prompts):\n    return [float('nan')] * len(media)\n"
+        "def hangs(media, prompts):\n    print('hanging', flush=True)\n    time.sleep(600)\n"
+        "def breaks(media, prompts):\n    raise KeyError('a broken reward')\n")
+    return folder
 
+
+def options(files, generator_folder, out, *extra):
+    """The words of a run that lasts seconds; `extra` override them."""
+    return ["--model", generator_folder, "--data", f"{files}/prompts.txt", "--eval-data", f"{files}/held_out.txt",
+            "--watch", "none", "--eval-every", "2", "--group-size", "3", "--pairs", "all", "--num-prompts", "2", "--batch-size", "6",
+            "--max-steps", "1", "--warmup-steps", "1", "--max-new-tokens", "8", "--out", str(out), *extra]
+
+
+def arguments(*extra):
+    return grpo.parse_args(["--no-ratio-norm", "--kl", "0", *extra])
+
+
+def call(pipe, **extra):
+    return {**pipe.call_args, "output_type": "pt", **extra}
+
+
+# ---------------------------------------------------------------- the sampler
 
 def test_log_prob_is_the_normal_density():
     x, mean, std = torch.randn(3, 9, 32), torch.randn(3, 9, 32), torch.tensor(.3)
     torch.testing.assert_close(grpo.log_prob(x, mean, std), Normal(mean, std).log_prob(x).mean((1, 2)))
 
 
-def test_transition_is_the_flow_sde_worked_by_hand():
+def test_sde_step_worked_by_hand():
     """sigma .5 -> .4, eta .7: s^2 = .49 * .5 / .5, dt = -.1; x = 1, v = 2: mean .951 - 2 * 1.245 * .1 = .702, std sqrt(.049)."""
     sigmas, x, v = torch.tensor([.6, .5, .4]), torch.ones(1, 1), 2 * torch.ones(1, 1)
-    mean, std = grpo.transition(sigmas, 1, x, v, .7)
+    mean, std = grpo.sde_step(sigmas, 1, x, v, .7)
     torch.testing.assert_close(mean, torch.tensor([[.702]]))
     torch.testing.assert_close(std, torch.tensor(.2213594))
 
 
-def test_the_other_samplers_worked_by_hand():
-    """The same step. dance: s^2 = .49, so .8 + .49 / 1 * 2 * -.1 = .702 here too, as sigma / (1 - sigma) is 1 at .5; at .8 -> .6 it is not:
-    1 + 2 * -.2 + .49 / 1.6 * 1.4 * -.2 = .51425, std .7 sqrt(.2). cps at eta .5, .5 -> .4: s = .4 sin 45 = .2828427, x0 = 1 - 1 = 0, x1 = 2,
-    mean = .6 * 0 + sqrt(.16 - .08) * 2 = .5656854."""
-    x, v = torch.ones(1, 1), 2 * torch.ones(1, 1)
-    mean, std = grpo.transition(torch.tensor([.9, .8, .6]), 1, x, v, .7, "dance")
-    torch.testing.assert_close((mean, std), (torch.tensor([[.51425]]), torch.tensor(.3130495)))
-    mean, std = grpo.transition(torch.tensor([.6, .5, .4]), 1, x, v, .5, "cps")
-    torch.testing.assert_close((mean, std), (torch.tensor([[.5656854]]), torch.tensor(.2828427)))
+def test_first_step_takes_the_next_sigma():
+    """sigma 1 -> .8: s^2 = .49 * 1 / (1 - .8) = 2.45, dt = -.2; x = 1, v = 2: mean .6 - 1.225 * .2 * 1 = .355, std .7."""
+    mean, std = grpo.sde_step(torch.tensor([1., .8, 0.]), 0, torch.ones(1, 1), 2 * torch.ones(1, 1), .7)
+    torch.testing.assert_close((mean, std), (torch.tensor([[.355]]), torch.tensor(.7)))
 
 
-@pytest.mark.parametrize("kind", ["flow", "dance", "cps"])
-def test_samplers_keep_the_variance_of_the_schedule(kind):
-    """Where the clean data is the one point 0, v = x / sigma, x has std sigma on the flow; cps keeps that exactly, the SDEs up to dt^2."""
+def test_the_sde_keeps_the_variance_of_the_schedule():
+    """Where the clean data is the one point 0, v = x / sigma, x has std sigma on the flow; the SDE keeps that up to dt^2."""
     sigmas = torch.linspace(.9, .1, 801)
     variance = sigmas[1] ** 2
     for i in range(1, 800):
-        mean, std = grpo.transition(sigmas, i, torch.ones(1), torch.ones(1) / sigmas[i], .3, kind)
+        mean, std = grpo.sde_step(sigmas, i, torch.ones(1), torch.ones(1) / sigmas[i], .3)
         variance = mean ** 2 * variance + std ** 2
-    assert abs(variance.item() ** .5 - .1) < (1e-5 if kind == "cps" else 5e-3)
-
-
-@pytest.mark.parametrize("where, starts", [("first", {0}), ("random", {0, 1, 2, 3, 4}), ("slide", {0, 1, 2, 3, 4})])
-def test_the_window_of_stochastic_steps(where, starts):
-    """3 of 8 steps; the last one stays deterministic; half of the three are trained."""
-    args = grpo.parse_args(["--sde-window", where, "--max-steps", "50", "--train-share", ".5"])
-    found = [grpo.window(args, 8, step) for step in range(50)]
-    assert {steps[0] for steps, _ in found} == starts and all(steps == list(range(steps[0], steps[0] + 3)) for steps, _ in found)
-    assert all(len(trained) == 2 and set(trained) < set(steps) for steps, trained in found)
-    assert where != "slide" or [steps[0] for steps, _ in found] == sorted(steps[0] for steps, _ in found)
-    with pytest.raises(ValueError, match="leaves no deterministic last step of 3"):
-        grpo.window(args, 3, 0)
-
-
-def test_nft_loss_and_its_slope():
-    """At v = v_old = 1, v* = 3, A = 5 (r = 1) and 0 (r = 1/2): loss 4; slope 2 beta (2 r - 1) (v - v*) = -4 and 0."""
-    v = torch.ones(2, 1, requires_grad=True)
-    losses = grpo.nft_loss(v, torch.ones(2, 1), torch.full((2, 1), 3.), torch.tensor([5., 0.]), 1.0)
-    losses.sum().backward()
-    torch.testing.assert_close((losses.detach(), v.grad), (torch.tensor([4., 4.]), torch.tensor([[-4.], [0.]])))
+    assert abs(variance.item() ** .5 - .1) < 5e-3
 
 
 def test_eta_0_is_the_stock_euler_sampler_bit_for_bit(pipe):
-    args = SimpleNamespace(**{**vars(ARGS), "eta": 0.0})
-    ours, trajectory = grpo.rollout(pipe, PROMPTS, SEEDS, args, output_type="pt", **PIPE_ARGS)
-    stock = sft.run(pipe, prompt=PROMPTS, generator=[generator(*s) for s in SEEDS], output_type="pt", **PIPE_ARGS).images
-    assert torch.equal(torch.stack([frame for frame, in ours]), stock) and stock.std() > .01
-    assert len(trajectory["x"]) == 11 and len(trajectory["means"]) == 10
+    rollout = grpo.sample(pipe, RECORDS, SEEDS, arguments("--eta", "0"), call(pipe))
+    generators = [seeded_generator(*seed[:-1]) for seed in SEEDS]
+    with torch.no_grad():
+        stock = run_pipeline(pipe, generator=generators, **call(pipe, prompt=PROMPTS))[0]
+    assert torch.equal(torch.stack([frame for frame, in rollout.media]), stock) and stock.std() > .01
+    assert len(rollout.x) == 4 and len(rollout.means) == len(rollout.noises) == 3
+    assert len(rollout.sigmas) == len(rollout.timesteps) + 1 == pipe.call_args["num_inference_steps"] + 1
+
+
+def test_a_rollout_records_its_own_noise(pipe):
+    """x[i+1] = mean + std noise, where noise is a function of the sample's seed and i."""
+    rollout = grpo.sample(pipe, RECORDS, SEEDS, arguments(), call(pipe))
+    for i in range(3):
+        std = grpo.sde_step(rollout.sigmas, i, rollout.x[i], rollout.x[i], .7)[1]
+        torch.testing.assert_close(rollout.x[i + 1], rollout.means[i] + std * rollout.noises[i])
+        assert torch.equal(rollout.noises[i][1], sft.seeded_noise(rollout.x[0].shape[1:], *SEEDS[1], i))
 
 
 def test_image_is_a_function_of_its_prompt_and_seed(pipe):
-    both, _ = grpo.rollout(pipe, PROMPTS, SEEDS, ARGS, output_type="pt", **PIPE_ARGS)
-    one, _ = grpo.rollout(pipe, PROMPTS[1:], SEEDS[1:], ARGS, output_type="pt", **PIPE_ARGS)
+    both = grpo.sample(pipe, RECORDS, SEEDS, arguments(), call(pipe)).media
+    one = grpo.sample(pipe, RECORDS, SEEDS[1:], arguments(), call(pipe)).media
     torch.testing.assert_close(both[1:], one)
     assert not torch.allclose(both[0][0], both[1][0])
 
 
-def test_shared_noise_is_shared_by_a_group_only(pipe):
-    args = SimpleNamespace(**{**vars(ARGS), "shared_noise": True})
-    x = grpo.rollout(pipe, PROMPTS[:1] * 3, [(0, 1), (0, 2), (1, 1)], args, **PIPE_ARGS)[1]["x"]
+def test_a_group_shares_its_first_noise_only(pipe):
+    seeds = [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0)]
+    x = grpo.sample(pipe, RECORDS[:1] * 2, seeds, arguments(), call(pipe)).x
     assert torch.equal(x[0][0], x[0][1]) and not torch.equal(x[0][0], x[0][2])      # the same start,
     assert not torch.equal(x[1][0], x[1][1])                                        # other ways
 
 
-@pytest.mark.parametrize("ratio_norm", [False, True])
-def test_first_update_has_ratio_1_and_the_policy_gradient(pipe, ratio_norm):
-    """max |ratio - 1| is 0 before any update, and the gradient is that of -A mean log-prob, written out by hand."""
-    args = SimpleNamespace(**{**vars(ARGS), "ratio_norm": ratio_norm})
-    _, trajectory = grpo.rollout(pipe, PROMPTS, SEEDS, args, **PIPE_ARGS)
-    advantages = torch.tensor([1., -.5])
-    pipe.transformer.zero_grad()
-    stats = grpo.accumulate_gradients(pipe, trajectory, advantages, args, torch.full((2,), 1 / 2), prompt=PROMPTS, **PIPE_ARGS)
-    assert stats["max_ratio_error"] == 0 and stats["clip_fraction"] == 0
-    ours = {n: p.grad.clone() for n, p in pipe.transformer.named_parameters()}
-    pipe.transformer.zero_grad()
-    sigmas = trajectory["sigmas"]
-    for i in range(3):
-        v = sft.velocity(pipe, trajectory["x"][i], sigmas[i], prompt=PROMPTS, **PIPE_ARGS)
-        mean, std = grpo.transition(sigmas, i, trajectory["x"][i], v, .7)
-        logp = Normal(mean, std).log_prob(trajectory["x"][i + 1]).mean((1, 2))
-        scale = std / (sigmas[i] - sigmas[i + 1]) if ratio_norm else 1.0
-        (-(advantages * logp * scale).mean() / 3).backward()
-    for name, p in pipe.transformer.named_parameters():
-        torch.testing.assert_close(ours[name], p.grad, atol=1e-5, rtol=1e-3)
+def test_schedules_that_the_sde_does_not_fit_are_refused(pipe):
+    with pytest.raises(ValueError, match="(?s)--sde-steps 10 .*the last step must be deterministic"):
+        grpo.sample(pipe, RECORDS, SEEDS, arguments("--sde-steps", "10"), call(pipe, num_inference_steps=10))
 
+
+# ---------------------------------------------------------------- the objective
 
 def test_ratio_norm_is_the_log_ratio_without_its_quadratic_term_times_std():
     old, new, noise, std = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.tensor(.4)
@@ -135,114 +144,260 @@ def test_ratio_norm_is_the_log_ratio_without_its_quadratic_term_times_std():
 
 def test_grpo_loss_worked_by_hand():
     losses, clipped = grpo.grpo_loss(torch.tensor([1., 1.5, 1.5, .5, .5]), torch.tensor([2., 2., -2., 2., -2.]), .2)
-    torch.testing.assert_close(losses, torch.tensor([-2., -2.4, 3., -1., 1.6]))         # the pessimistic side of the clip
-    torch.testing.assert_close(clipped, torch.tensor([0., 1., 1., 1., 1.]))
+    torch.testing.assert_close(losses, torch.tensor([-2., -2.4, 3., -1., 1.6]))     # the pessimistic side of the clip
+    assert clipped.tolist() == [False, True, True, True, True]
 
+
+def test_gaussian_kl_is_torchs():
+    mean, other, std = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.tensor(.4)
+    theirs = torch.distributions.kl_divergence(Normal(mean, std), Normal(other, std)).mean((1, 2))
+    torch.testing.assert_close(grpo.gaussian_kl(mean, other, std), theirs)
+
+
+@pytest.mark.parametrize("ratio_norm", [False, True])
+@pytest.mark.parametrize("batch_size", [6, 1])
+def test_first_update_is_the_policy_gradient(ratio_norm, batch_size, generator_folder, files, tmp_path, monkeypatch):
+    """What main has accumulated at its first update is the gradient of -A mean log-prob, written out by hand."""
+    rollouts, pipes = [], []
+    sample, optimizer_step = grpo.sample, grpo.optimizer_step
+
+    def keep_rollouts(pipe, *args):
+        pipes.append(pipe)
+        rollouts.append(sample(pipe, *args))
+        return rollouts[-1]
+
+    def compare(policy, *args):
+        ours = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+        policy.zero_grad()
+        assert sum(len(rollout.seeds) for rollout in rollouts) == 6 and len(rollouts) == 6 // batch_size
+        for rollout in rollouts:
+            for i in range(3):
+                v = sft.predict(pipes[0], rollout.x[i], rollout.timesteps[i], **rollout.call)
+                mean, std = grpo.sde_step(rollout.sigmas, i, rollout.x[i], v, .7)
+                logp = Normal(mean, std).log_prob(rollout.x[i + 1]).mean((1, 2))
+                scale = std / (rollout.sigmas[i] - rollout.sigmas[i + 1]) if ratio_norm else 1.0
+                (-(rollout.advantages.result() * logp * scale).sum() / 18).backward()
+        for name, p in policy.named_parameters():
+            if p.grad is not None:
+                torch.testing.assert_close(ours[name], p.grad, atol=1e-5, rtol=1e-3)
+        assert sum(gradient.abs().sum() for gradient in ours.values()) > 0
+        return optimizer_step(policy, *args)
+
+    monkeypatch.setattr(grpo, "sample", keep_rollouts)
+    monkeypatch.setattr(grpo, "optimizer_step", compare)
+    grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:bright", "--kl", "0",
+                      "--batch-size", str(batch_size), "--ratio-norm" if ratio_norm else "--no-ratio-norm"))
+    row, = rows(tmp_path / "run")
+    assert row["ratio_error"] == 0 and row["clip_fraction"] == 0
+
+
+# ---------------------------------------------------------------- the reward
 
 def test_advantages_stay_within_groups_and_are_counted():
     """A fake judge that likes bright images: advantages follow brightness in each group, whatever the other group holds."""
-    from PIL import Image
-    from test_dpo import GOOD
-    images, prompts = [[Image.new("RGB", (4, 4), (v, v, v))] for v in (10, 30, 20, 250, 200, 240)], ["a"] * 3 + ["b"] * 3
+    words = ["--group-size", "3", "--pairs", "all", "--num-prompts", "2", "--std-floor", "0", "--max-parse-fail", "1"]
+    asked = []
 
     def judge(comparisons):
+        asked.append(len(comparisons))
         better = [1 if c.media_1[0].getpixel((0, 0)) > c.media_2[0].getpixel((0, 0)) else 2 for c in comparisons]
         return [GOOD.replace("Image 1", f"Image {w}").replace('_1":7', f'_1":{7 if w == 1 else 3}')
                 .replace('_2":3', f'_2":{3 if w == 1 else 7}') for w in better]
-    args = SimpleNamespace(group_size=3, pairs="all", both_orders=False, category_weights=[1, 1, 1], alpha=.7, std_floor=0.0, adv_clip=5.0)
-    flex = [(1.0, "flex", None)]
 
-    def step(judge, rewards):
-        pairs = [(k + i, k + j) for k in (0, 3) for i, j in reward.schedule_pairs(3, "all", random.Random(k), args.both_orders)]
-        answers, _ = grpo.ask_rewards(judge, rewards, [(p, reward.Comparison(prompts[i], images[i], images[j])) for p, (i, j) in enumerate(pairs)],
-                                      list(zip(range(6), images, prompts)))
-        return grpo.sample_advantages(pairs, {(kind, n): answer for kind, n, answer in answers}, rewards, 6, args)
+    def step(judge, rewards, *extra):
+        args = grpo.parse_args([*words, *extra])
+        media = [[Image.new("RGB", (4, 4), (v, v, v))] for v in (10, 30, 20, 250, 200, 240)]
+        rollout = grpo.Rollout({"prompt": ["a"] * 3 + ["b"] * 3}, [(0, 0, n // 3, n % 3) for n in range(6)], media)
+        grpo.judge_rollouts([rollout], judge, rewards, args)
+        return rollout.advantages.result(), grpo.reward_numbers([rollout], args)
 
-    advantages, counts, bad = step(judge, flex)
+    advantages, numbers = step(judge, [FLEX])
     torch.testing.assert_close(advantages, torch.tensor([-1., 1., 0., 1., -1., 0.]))
-    assert counts["verdicts"] == 6 and counts["undecided"] == counts["ties"] == counts["dead"] == 0 and not bad
-    args.both_orders = True
-    advantages, counts, bad = step(lambda c: ["?"] * len(c), flex)
-    assert counts["undecided"] == 12 and counts["dead"] == 2 and advantages.eq(0).all() and bad == ["?"]
-    index = (.3, "index", lambda media, prompts: [0, 0, 0, 5, 6, 7])            # a further reward, told apart inside its group only
-    advantages, counts, _ = step(judge, [(.7, "flex", None), index])
+    assert asked == [6] and numbers["verdicts"] == 6                            # one call of the judge
+    assert numbers["undecided"] == numbers["ties"] == numbers["zero_variance_groups"] == 0
+    advantages, numbers = step(lambda c: ["?"] * len(c), [FLEX], "--both-orders")
+    assert numbers["verdicts"] == 12 and numbers["undecided"] == numbers["zero_variance_groups"] == 1
+    assert advantages.eq(0).all() and numbers["judge_failures"] == 0
+    assert step(lambda c: [reward.Failure("down")] * len(c), [FLEX])[1]["judge_failures"] == 1
+    index = reward.Reward(.3, "index", lambda media, prompts: [{10: 0, 30: 0, 20: 0, 250: 5, 200: 6, 240: 7}[frames[0].getpixel((0, 0))[0]] for frames in media])
+    advantages, numbers = step(judge, [reward.Reward(.7, "flex", None), index])     # a further reward, told apart inside its group only
     torch.testing.assert_close(advantages, torch.tensor([-.7, .7, 0, .7 - .3, -.7, .3]))
-    assert counts["reward/index"] == 18 and counts["verdicts"] == 12
+    assert numbers["reward/index"] == 3 and numbers["verdicts"] == 6
+    assert step(judge, [reward.Reward(100.0, "flex", None)])[0].abs().max() == 5
 
 
-def run_grpo(generator_folder, judge_folder, out, *extra):
-    grpo.main(["--model", generator_folder, "--judge", judge_folder, "--out", str(out), *GRPO, *extra])
+def test_a_judge_sees_8_frames_of_a_long_clip_as_in_its_training(tmp_path, monkeypatch):
+    clips, questions = [[Image.new("RGB", (8, 8), (t, 0, 0)) for t in range(33)] for _ in range(2)], []
 
+    def judge(asked):
+        questions.extend(asked)
+        return ["Image 1 is better."] * len(asked)
 
-def fake_verdicts(monkeypatch):
-    """The untrained judge's texts replaced by verdicts drawn from the images, so that there is something to learn from."""
-    from test_dpo import GOOD
-    pick = lambda c: 1 if sum(c.media_1[0].tobytes()) > sum(c.media_2[0].tobytes()) else 2
-    monkeypatch.setattr(reward.LocalJudge, "__call__", lambda self, comparisons, **k: [GOOD.replace("Image 1", f"Image {pick(c)}") for c in comparisons])
-
-
-@pytest.mark.parametrize("lora", ["0", "4"])
-def test_run_resumes_exactly_and_starts_at_ratio_1(lora, generator_folder, judge_folder, tmp_path, monkeypatch, capsys):
-    fake_verdicts(monkeypatch)
-    out, args = tmp_path / "run", ["--lora-rank", lora, "--kl", "0", "--max-steps", "4", "--save-every", "2", "--lr", "1e-3"]
-    run_grpo(generator_folder, judge_folder, out, *args)
-    log, whole = rows(out), weights(out, 4)
-    assert log[0]["max_ratio_error"] == 0 and "max |ratio - 1| at the first update: 0" in capsys.readouterr().out
-    assert any(r["grad_norm"] > 0 for r in log)
-    shutil.rmtree(out / "step_000004")
-    run_grpo(generator_folder, judge_folder, out, *args, "--resume")
-    assert all(torch.equal(v, weights(out, 4)[k]) for k, v in whole.items())
-    assert [r["loss"] for r in rows(out)] == [r["loss"] for r in log]
-
-
-@pytest.mark.parametrize("options", [["--loss", "nft"], ["--epochs", "2", "--sde", "cps"], ["--sde", "dance", "--sde-window", "random", "--train-share", ".5"]])
-def test_the_other_algorithms_run(options, generator_folder, judge_folder, tmp_path, monkeypatch):
-    fake_verdicts(monkeypatch)
-    run_grpo(generator_folder, judge_folder, tmp_path / "run", *options, "--kl", ".1", "--max-steps", "2", "--lr", "1e-2")
-    first, second = rows(tmp_path / "run")
-    assert first["max_ratio_error"] == 0 and second["kl"] > 0 and first["grad_norm"] > 0
-    assert "--epochs" not in options or first["clip_fraction"] > 0             # the second update of a rollout has left ratio 1
-    with pytest.raises(SystemExit):
-        grpo.parse_args(["--loss", "nft", "--epochs", "2"])
-
-
-def test_kl_is_0_at_the_base_and_grows_away_from_it(generator_folder, judge_folder, tmp_path, monkeypatch):
-    fake_verdicts(monkeypatch)
-    run_grpo(generator_folder, judge_folder, tmp_path / "run", "--kl", ".1", "--max-steps", "3", "--lr", "1e-2")
-    kl = [r["kl"] for r in rows(tmp_path / "run")]
-    assert kl[0] == 0 < kl[1]
-    with pytest.raises(SystemExit):
-        grpo.parse_args(["--kl", ".1", "--lora-rank", "0"])
-
-
-def test_a_judge_sees_8_frames_of_a_long_clip_as_in_its_training():
-    clips, seen = [[Image.new("RGB", (8, 8), (t, 0, 0)) for t in range(33)] for _ in range(2)], []
-    found = grpo.win_rate_over(lambda questions: seen.extend(questions) or ["Image 1 is better."], clips[:1], clips[1:], [{"prompt": "a cat"}], 0, sft.start_ranks())
-    assert found["win_rate"] in (0, 1)
-    score, = reward.open_rewards("score", lambda questions: seen.extend(questions) or ["Final Score: 3"])
+    rollout = grpo.Rollout({"prompt": ["a cat"] * 2}, [(0, 0, 0, 0), (0, 0, 0, 1)], clips)
+    grpo.judge_rollouts([rollout], judge, [FLEX], grpo.parse_args(["--group-size", "2", "--pairs", "all"]))
+    assert rollout.advantages.result().abs().min() > 0
+    score, = reward.load_rewards("score", lambda asked: questions.extend(asked) or ["Final Score: 3"])
     assert reward.reward_values(score, clips[:1], ["a cat"]).tolist() == [3]
-    for medium in [*seen[0][1:], seen[1].media]:
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    monkeypatch.setattr(grpo, "evaluate_samples", lambda *args: (clips[:1], {}))
+    args = grpo.parse_args(["--eval-data", str(tmp_path / "prompts.txt"), "--out", str(tmp_path)])
+    assert grpo.evaluate(None, judge, clips[1:], args, {})["win_rate"] in (0, 1)
+    assert (tmp_path / "before_after.html").exists()
+    for medium in [questions[0].media_1, questions[0].media_2, questions[1].media, questions[2].media_1]:
         assert [frame.getpixel((0, 0))[0] for frame in medium] == [0, 5, 9, 14, 18, 23, 27, 32]
 
 
-def test_the_judges_wording_is_an_option(generator_folder, tmp_path, monkeypatch):
+def test_the_win_rate_over_the_base_names_the_trained_samples(tmp_path, monkeypatch):
+    """Bright samples after, dark ones before, in random order: a judge that likes the bright ones gives 1, its opposite 0."""
+    bright, dark = ([[Image.new("RGB", (8, 8), (v + t, 0, 0))] for t in range(8)] for v in (200, 10))
+    (tmp_path / "prompts.txt").write_text("a cat\n" * 8)
+    monkeypatch.setattr(grpo, "evaluate_samples", lambda *args: (bright, {}))
+    args = grpo.parse_args(["--eval-data", str(tmp_path / "prompts.txt"), "--out", str(tmp_path)])
+    orders = []
+
+    def judge(questions, likes_bright=True):
+        orders.extend(q.media_1[0].getpixel((0, 0))[0] >= 200 for q in questions)
+        return [f"Image {1 if first == likes_bright else 2} is better." for first in orders[-len(questions):]]
+
+    assert grpo.evaluate(None, judge, dark, args, {})["win_rate"] == 1
+    assert grpo.evaluate(None, lambda q: judge(q, False), dark, args, {})["win_rate"] == 0
+    assert 0 < sum(orders) < 16
+
+
+# ---------------------------------------------------------------- runs
+
+def fake_verdicts(monkeypatch):
+    """The untrained judge's texts replaced by verdicts drawn from the images, so that there is something to learn from."""
+    def answer(self, questions, **_):
+        winners = [1 if sum(q.media_1[0].tobytes()) > sum(q.media_2[0].tobytes()) else 2 for q in questions]
+        return [GOOD.replace("Image 1", f"Image {winner}") for winner in winners]
+
+    monkeypatch.setattr(reward.LocalJudge, "__call__", answer)
+
+
+@pytest.mark.parametrize("lora", ["0", "4"])
+def test_run_resumes_exactly_and_starts_at_ratio_1(lora, generator_folder, judge_folder, files, tmp_path, monkeypatch, capsys):
+    fake_verdicts(monkeypatch)
+    out = tmp_path / "run"
+    words = options(files, generator_folder, out, "--judge", judge_folder, "--lora-rank", lora, "--kl", "0",
+                    "--max-steps", "4", "--save-every", "2", "--watch", f"{files}/rewards.py:bright")
+    grpo.main(words)
+    log, whole = rows(out), weights(out, 4)
+    assert all(row["ratio_error"] == 0 for row in log)
+    assert "max |ratio - 1| at the first update: 0" in capsys.readouterr().out
+    assert any(row["grad_norm"] > 0 for row in log)
+    name = f"{files}/rewards.py:bright"
+    assert f"held_out_{name}" in log[1] and 0 <= log[1]["held_out_win_rate"] <= 1 and "held_out_win_rate" not in log[0]
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert last["before"].keys() == last["after"].keys() == {name, "win_rate"} and last["before"]["win_rate"] == .5
+    shutil.rmtree(out / "step_000004")
+    grpo.main([*words, "--resume"])
+    torch.testing.assert_close(weights(out, 4), whole, rtol=0, atol=0)
+    assert [row["loss"] for row in rows(out)] == [row["loss"] for row in log]
+    for page in ("samples_000002.html", "before_after.html"):
+        assert "data:image" in (out / page).read_text()
+
+
+def test_batches_of_groups_and_of_parts_of_them_give_the_same_update(generator_folder, judge_folder, files, tmp_path, monkeypatch):
+    fake_verdicts(monkeypatch)
+    for size in ("6", "3", "1"):
+        grpo.main(options(files, generator_folder, tmp_path / size, "--judge", judge_folder, "--batch-size", size))
+    one, *others = [rows(tmp_path / size)[0] for size in ("6", "3", "1")]
+    for other in others:
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3) and one["grad_norm"] > 0
+        assert other["first_position_share"] == one["first_position_share"] and other["verdicts"] == 6
+
+
+def test_several_updates_of_a_rollout_leave_ratio_1(generator_folder, judge_folder, files, tmp_path, monkeypatch):
+    fake_verdicts(monkeypatch)
+    grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", judge_folder, "--updates", "2", "--max-steps", "2",
+                      "--lr", "1e-2", "--category-weights", "1", "1", "1", "1"))
+    first, second = rows(tmp_path / "run")
+    assert first["ratio_error"] == second["ratio_error"] == 0 and first["clip_fraction"] > 0 and second["kl"] > 0
+
+
+def test_kl_is_0_at_the_base_and_grows_away_from_it(generator_folder, judge_folder, files, tmp_path, monkeypatch):
+    fake_verdicts(monkeypatch)
+    grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", judge_folder, "--kl", ".1", "--max-steps", "3",
+                      "--lr", "1e-2"))
+    kl = [row["kl"] for row in rows(tmp_path / "run")]
+    assert kl[0] == 0 < kl[1]
+
+
+def test_a_policy_that_is_not_the_one_that_sampled_stops_the_run(generator_folder, files, tmp_path, monkeypatch):
+    """Weights that change between rollout and update, as dropout would do."""
+    judge_rollouts = grpo.judge_rollouts
+
+    def disturb(*args):
+        pipes[0].transformer.proj_out.weight.data.mul_(1.1)
+        judge_rollouts(*args)
+
+    pipes, load = [], grpo.load_pipeline
+    monkeypatch.setattr(grpo, "load_pipeline", lambda *args, **kwargs: pipes.append(load(*args, **kwargs)) or pipes[0])
+    monkeypatch.setattr(grpo, "judge_rollouts", disturb)
+    with pytest.raises(RuntimeError, match=r"max \|ratio - 1\| is .* before the first update, more than 1e-05: .*dropout"):
+        grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:bright"))
+
+
+def test_too_many_undecided_verdicts_stop_the_run_and_show_one(generator_folder, judge_folder, files, tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)12 of 12 verdicts are undecided, more than --max-parse-fail 0.5. One of them:\n."):
+        grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", judge_folder, "--both-orders"))
+    with pytest.raises(RuntimeError, match="6 of 6 scores are missing, more than --max-parse-fail 0.5"):
+        grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:missing"))
+    grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", judge_folder, "--max-parse-fail", "1"))
+    assert rows(tmp_path / "run")[0]["undecided"] == 1 and rows(tmp_path / "run")[0]["zero_variance_groups"] == 1
+
+
+def test_an_error_of_the_reward_ends_the_run(generator_folder, files, tmp_path):
+    with pytest.raises(KeyError, match="a broken reward"):
+        grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:breaks"))
+
+
+def test_ctrl_c_does_not_wait_for_the_judge(generator_folder, files, tmp_path):
+    words = options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:hangs")
+    process = subprocess.Popen([sys.executable, "grpo.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("hanging"):
+            break
+    time.sleep(2)                                    # main waits for the answer by now
+    process.send_signal(signal.SIGINT)
+    began = time.time()
+    _, errors = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors and process.returncode != 0 and time.time() - began < 10
+
+
+@pytest.mark.parametrize("extra, message", [
+    (["--batch-size", "4"], "--batch-size 4: pass a multiple or a divisor of --group-size 3"),
+    (["--num-prompts", "7"], "--num-prompts 7: .* at most as many as .*prompts.txt holds, 6"),
+    (["--kl", ".1", "--lora-rank", "0"], "--kl needs adapters.*: pass --lora-rank, or --kl 0"),
+    (["--eta", "0"], "--eta and --sde-steps must be above 0"),
+    (["--sde-steps", "0"], "--eta and --sde-steps must be above 0")])
+def test_options_that_do_not_fit_are_refused(extra, message, generator_folder, files, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:bright", *extra))
+
+
+def test_prompts_are_shared_equally_by_the_ranks(generator_folder, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "get_world_size", lambda: 4)
+    with pytest.raises(ValueError, match="--num-prompts 6: pass a multiple of the ranks, here 4"):
+        grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:bright", "--num-prompts", "6"))
+
+
+def test_the_judges_wording_is_an_option(generator_folder, files, tmp_path, monkeypatch):
     (tmp_path / "words.txt").write_text("Which is better for {prompt}?")
 
-    def found(judge, num, **options):
-        raise ValueError(options["template"])
-    monkeypatch.setattr(grpo, "open_judge", found)
-    with pytest.raises(SystemExit, match="Which is better for"):
-        grpo.main([*GRPO, "--model", generator_folder, "--judge", "http://localhost:1", "--template", str(tmp_path / "words.txt"), "--out", str(tmp_path / "run")])
+    def load(name, **extra):
+        raise ValueError(extra["template"])
+
+    monkeypatch.setattr(grpo, "load_judge", load)
+    with pytest.raises(ValueError, match="Which is better for"):
+        grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", "http://localhost:1", "--template", str(tmp_path / "words.txt")))
 
 
-def test_too_many_undecided_verdicts_stop_the_run_and_show_one(generator_folder, judge_folder, tmp_path):
-    with pytest.raises(SystemExit, match=r"(?s)6 of 6 verdicts are undecided, more than --max-parse-fail 0.5. One of them:"):
-        run_grpo(generator_folder, judge_folder, tmp_path / "run", "--max-parse-fail", ".5")
-
-
-def test_missing_stages_name_their_commands(tmp_path, monkeypatch, generator_folder):
+def test_missing_stages_name_their_commands(tmp_path, monkeypatch, generator_folder, files):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="python sft.py --task generator"):
+    with pytest.raises(SystemExit, match="sft.py --task generator"):
         grpo.main([])
-    with pytest.raises(SystemExit, match="python sft.py"):
-        grpo.main(["--model", generator_folder])
+    with pytest.raises(ValueError, match="python sft.py"):
+        grpo.main(options(files, generator_folder, tmp_path / "run"))

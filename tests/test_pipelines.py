@@ -12,76 +12,114 @@ import sft
 from test_sft import rows
 from tiny_pipelines import FAMILIES, NEGATIVE, make
 
+CPU = torch.device("cpu")
 PROMPTS, STEPS = ["a cat", "a dog on a cube", "a dog on a cube"], 4
+RECORDS = [{"prompt": prompt} for prompt in PROMPTS]
+SEEDS = [(7, 0, i, 0) for i in range(len(PROMPTS))]  # (seed, step, prompt's index, member)
+ADVANTAGES = torch.tensor([1., -1., .5])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
-    """(the pipeline with the driver installed, the arguments of a call)"""
+    """(the driven pipeline, the arguments of a call)"""
     pipe, args = make(request.param)
-    return sft.prepare(pipe, torch.device("cpu")), {**args, "num_inference_steps": STEPS, "output_type": "pt"}
+    return sft.drive(pipe, CPU), {**args, "prompt": PROMPTS, "num_inference_steps": STEPS, "output_type": "pt"}
 
 
 def options(*extra):
-    return grpo.parse_args(["--sde-steps", "2", "--no-shared-noise", *extra])
+    return grpo.parse_args(["--sde-steps", "2", "--kl", "0", *extra])
+
+
+def policy_gradient(pipe, rollout, advantages, args):
+    """The largest |ratio - 1| at the rollout's stochastic steps; gradients are left in the denoisers."""
+    errors = []
+    for i in range(args.sde_steps):
+        v = grpo.velocity_at(pipe, rollout, i, args)
+        mean, std = grpo.sde_step(rollout.sigmas, i, rollout.x[i], v, args.eta)
+        ratio = grpo.policy_ratio(rollout.x[i + 1], mean, rollout.means[i], std, rollout.noises[i], args.ratio_norm)
+        losses, _ = grpo.grpo_loss(ratio, advantages, args.clip_range)
+        losses.mean().backward()
+        errors.append((ratio - 1).abs().max().item())
+    return max(errors)
+
+
+def gradients(policy):
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
 def test_media_for_training_have_as_many_frames_as_the_pipeline_makes(family, tmp_path):
-    pipe, args = family
-    call = {**args, "output_type": "pil", "prompt": PROMPTS}
-    frames = sft.frames_of(sft.run(pipe, **call))[0]
-    assert len(frames) == sft.num_frames_of(pipe, call)
-    assert data.load_frames({}, frames, len(frames), pipe) == frames
-    with pytest.raises(ValueError, match="films.jsonl:3: .* has more frames"):
-        data.load_frames({"where": "films.jsonl:3"}, frames * 2, len(frames), pipe)
+    pipe, call = family
+    with torch.no_grad():
+        frames = sft.frames_of(sft.run_pipeline(pipe, **{**call, "output_type": "pil"}))[0]
+    num_frames = data.num_frames_of(pipe, call)
+    assert len(frames) == num_frames
+    assert data.load_frames({}, frames, num_frames, type(pipe).__name__) == frames
+    with pytest.raises(ValueError, match="films.jsonl:3"):
+        data.load_frames({"where": "films.jsonl:3"}, frames * 2, num_frames, type(pipe).__name__)
 
 
 def test_eta_0_is_the_stock_sampler(family):
-    pipe, args = family
-    seeds = [(7, i) for i in range(len(PROMPTS))]
-    stock = sft.run(pipe, prompt=PROMPTS, generator=[sft.generator(*seed) for seed in seeds], **args)[0]
-    images, _ = grpo.rollout(pipe, PROMPTS, seeds, options("--eta", "0"), **args)
-    assert torch.equal(torch.stack([frames[0] for frames in images]), stock)
+    pipe, call = family
+    generators = [sft.seeded_generator(*seed[:-1]) for seed in SEEDS]
+    with torch.no_grad():
+        stock = sft.run_pipeline(pipe, generator=generators, **call)[0]
+    rollout = grpo.sample(pipe, RECORDS, SEEDS, options("--eta", "0"), call)
+    assert torch.equal(torch.stack([frames[0] for frames in rollout.media]), stock)
+
+
+def test_the_schedule_is_a_flow_whose_timesteps_the_model_is_told(family):
+    """Noise levels fall within [0, 1]; a recorded timestep is the schedule's own, here a thousand times the noise level."""
+    pipe, call = family
+    rollout = grpo.sample(pipe, RECORDS, SEEDS, options(), call)
+    assert rollout.sigmas[-1] == 0 and rollout.sigmas[0] <= 1 and (rollout.sigmas.diff() < 0).all()
+    torch.testing.assert_close(rollout.timesteps.float(), 1000 * rollout.sigmas[:-1].float(), atol=.51, rtol=0)
 
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_ratio_is_1_at_the_first_update_and_gradients_arrive(family, lora):
-    pipe, args = family
-    settings = options("--lora-rank", "2", "--kl", "0") if lora else options("--lora-rank", "0", "--kl", "0")
-    _, trajectory = grpo.rollout(pipe, PROMPTS, [(7, i) for i in range(len(PROMPTS))], settings, **args)
-    modules = sft.denoisers(pipe).values()
+    """With adapters where sft.add_lora puts them by default, and with all weights."""
+    pipe, call = family
+    policy = sft.denoisers(pipe)
+    rollout = grpo.sample(pipe, RECORDS, SEEDS, options(), call)
     if lora:
-        for module in modules:
-            sft.add_lora(module, 2, 2, r"(attn|attention).*(to_q|to_out\.0|\.q_proj)$")
-    params = [p for module in modules for p in sft.trainable(module).values()]
-    stats = grpo.accumulate_gradients(pipe, trajectory, torch.tensor([1., -1., .5]), settings, torch.full((3,), 1 / 3), prompt=PROMPTS, **args)
-    assert stats["max_ratio_error"] == 0
-    assert sum(p.grad.abs().sum().item() for p in params if p.grad is not None) > 0
-    for p in params:
-        p.grad = None
-    for module in modules:                           # as it was, for the next test
-        for name, layer in sft.lora_layers(module).items():
-            module.set_submodule(name, layer.base)
-        module.requires_grad_(True)
+        sft.add_lora(policy, 2, 2)
+        for name, model in policy.items():
+            blocks = tuple(sft.repeated_blocks(model))
+            assert all(layer.startswith(blocks) for layer in sft.lora_layers(model)) and len(sft.lora_layers(model)) > 5
+    assert policy_gradient(pipe, rollout, ADVANTAGES, options()) == 0
+    arrived = gradients(policy)
+    assert sum(gradient.abs().sum().item() for gradient in arrived.values()) > 0
+    if lora:
+        assert all(".lora_" in name for name in arrived)
+        with torch.no_grad(), sft.disable_lora(policy):
+            reference = grpo.velocity_at(pipe, rollout, 0, options())
+        assert torch.equal(reference, grpo.velocity_at(pipe, rollout, 0, options()).detach())   # B is 0
+    policy.zero_grad()
+    for name, layer in sft.lora_layers(policy).items():                         # as it was, for the next test
+        policy.set_submodule(name, layer.base)
+    policy.requires_grad_(True)
 
 
 def guided_by_hand(name, pipe, x, sigma, args):
     """The velocity of one guided step by direct calls of the denoiser, without the driver."""
-    model, device, num = pipe.transformer, torch.device("cpu"), len(PROMPTS)
+    model, num = pipe.transformer, len(PROMPTS)
+    negative_prompt = [NEGATIVE] * num
     with torch.no_grad():
         if name == "FLUX.1":
-            embeds, pooled, text_ids = pipe.encode_prompt(prompt=PROMPTS, prompt_2=None, device=device, max_sequence_length=32)
+            embeds, pooled, text_ids = pipe.encode_prompt(prompt=PROMPTS, prompt_2=None, device=CPU, max_sequence_length=32)
         elif name == "SD3.5":
-            embeds, negative, pooled, negative_pooled = pipe.encode_prompt(prompt=PROMPTS, prompt_2=None, prompt_3=None, negative_prompt=[NEGATIVE] * num, device=device,
-                                                                           max_sequence_length=32)
+            embeds, negative, pooled, negative_pooled = pipe.encode_prompt(
+                prompt=PROMPTS, prompt_2=None, prompt_3=None, negative_prompt=negative_prompt, device=CPU, max_sequence_length=32)
         else:
-            embeds, negative = pipe.encode_prompt(prompt=PROMPTS, negative_prompt=[NEGATIVE] * num, max_sequence_length=32)
+            embeds, negative = pipe.encode_prompt(prompt=PROMPTS, negative_prompt=negative_prompt, max_sequence_length=32)
     if name == "FLUX.1":                             # its guidance is an input, its time runs from 0 to 1
-        return model(x, timestep=sigma.expand(num), guidance=torch.full((num,), 3.5), pooled_projections=pooled, encoder_hidden_states=embeds, txt_ids=text_ids,
-                     img_ids=pipe._prepare_latent_image_ids(num, 4, 4, device, torch.float32))[0]
+        image_ids = pipe._prepare_latent_image_ids(num, 4, 4, CPU, torch.float32)
+        return model(x, timestep=sigma.expand(num), guidance=torch.full((num,), 3.5), pooled_projections=pooled,
+                     encoder_hidden_states=embeds, txt_ids=text_ids, img_ids=image_ids)[0]
     t = (1000 * sigma).expand(num)
     if name == "SD3.5":
-        both = model(torch.cat([x, x]), timestep=t.repeat(2), encoder_hidden_states=torch.cat([negative, embeds]), pooled_projections=torch.cat([negative_pooled, pooled]))[0]
+        both = model(torch.cat([x, x]), timestep=t.repeat(2), encoder_hidden_states=torch.cat([negative, embeds]),
+                     pooled_projections=torch.cat([negative_pooled, pooled]))[0]
         away, toward = both.chunk(2)
     else:
         away, toward = (model(x, timestep=t, encoder_hidden_states=e)[0] for e in (negative, embeds))
@@ -92,73 +130,96 @@ def guided_by_hand(name, pipe, x, sigma, args):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_velocity_and_gradients_equal_a_direct_call(name, bf16):
     pipe, args = make(name)
-    sft.prepare(pipe, torch.device("cpu"))
-    shape, autocast = {"FLUX.1": (3, 16, 16), "SD3.5": (3, 4, 8, 8), "Wan 2.1": (3, 16, 2, 2, 2)}[name], torch.bfloat16 if bf16 else None
+    sft.drive(pipe, CPU)
+    shape = {"FLUX.1": (3, 16, 16), "SD3.5": (3, 4, 8, 8), "Wan 2.1": (3, 16, 2, 2, 2)}[name]
     x, sigma, weight = torch.randn(shape), torch.tensor(.6), torch.randn(shape)
-    with torch.autocast("cpu", autocast, enabled=bf16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
         by_hand = guided_by_hand(name, pipe, x, sigma, args)
     (by_hand.float() * weight).sum().backward()
-    gradients = {n: p.grad.clone() for n, p in pipe.transformer.named_parameters() if p.grad is not None}
+    expected = gradients(pipe.transformer)
     pipe.transformer.zero_grad()
-    v = sft.velocity(pipe, x, sigma, prompt=PROMPTS, autocast=autocast, **args)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+        v = sft.velocity(pipe, x, sigma, prompt=PROMPTS, **args)
     (v.float() * weight).sum().backward()
     torch.testing.assert_close(v, by_hand)
-    assert len(gradients) > 10
-    for n, gradient in gradients.items():
-        torch.testing.assert_close(dict(pipe.transformer.named_parameters())[n].grad, gradient, **dict(rtol=1e-2, atol=1e-2) if bf16 else {})
+    ours = gradients(pipe.transformer)
+    assert len(expected) > 10 and ours.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(ours[key], gradient, **(dict(rtol=1e-2, atol=1e-2) if bf16 else {}))
+
+
+def test_velocity_takes_a_noise_level_for_each_sample(family):
+    """At other noise levels in a batch each sample gets what it gets alone."""
+    pipe, call = family
+    rollout = grpo.sample(pipe, RECORDS, SEEDS, options(), call)
+    call, sigmas, alone = sft.unguided(pipe, call), torch.tensor([.9, .5, .5]), []
+    one = {"image": call["image"][:1]} if isinstance(call.get("image"), list) else {}
+    with torch.no_grad():
+        together = sft.velocity(pipe, rollout.x[1], sigmas, **call)
+        for i in range(2):
+            alone.append(sft.velocity(pipe, rollout.x[1][i:i + 1], sigmas[i], **{**call, "prompt": [PROMPTS[i]], **one}))
+    torch.testing.assert_close(together[:2], torch.cat(alone), atol=1e-4, rtol=1e-3)
 
 
 def test_bf16_autocast_keeps_the_ratio_near_1_and_checkpointing_the_gradients(family):
-    pipe, args = family
-    settings, gradients = options("--lora-rank", "0", "--kl", "0"), []
-    _, trajectory = grpo.rollout(pipe, PROMPTS, [(7, i) for i in range(len(PROMPTS))], settings, autocast=torch.bfloat16, **args)
+    pipe, call = family
+    policy, args, found = sft.denoisers(pipe), options("--bf16"), []
+    rollout = grpo.sample(pipe, RECORDS, SEEDS, args, call)
     for recompute in (False, True):
-        for module in sft.denoisers(pipe).values():
-            module.zero_grad()
-            module.enable_gradient_checkpointing() if recompute else None
-        stats = grpo.accumulate_gradients(pipe, trajectory, torch.tensor([1., -1., .5]), settings, torch.full((3,), 1 / 3), prompt=PROMPTS, autocast=torch.bfloat16, **args)
-        gradients.append([p.grad for module in sft.denoisers(pipe).values() for p in module.parameters() if p.grad is not None])
-        assert stats["max_ratio_error"] < 1e-6
-    for module in sft.denoisers(pipe).values():
-        module.disable_gradient_checkpointing()
-        module.zero_grad()
-    assert len(gradients[0]) > 5
-    torch.testing.assert_close(*gradients)
+        policy.zero_grad()
+        for model in policy.values():
+            if recompute:
+                model.enable_gradient_checkpointing()
+        assert policy_gradient(pipe, rollout, ADVANTAGES, args) < 1e-6
+        found.append(list(gradients(policy).values()))
+    for model in policy.values():
+        model.disable_gradient_checkpointing()
+    policy.zero_grad()
+    assert len(found[0]) > 5
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_parked_encoders_change_nothing(name, tmp_path):
-    """They leave the pipeline while nothing is encoded, come back for another prompt, and are saved."""
+def test_offloaded_encoders_change_nothing(name):
+    """They leave the pipeline while nothing is encoded, and come back for another prompt."""
     pictures = []
-    for park in (False, True):
+    for offload in (False, True):
         pipe, args = make(name)
-        sft.prepare(pipe, torch.device("cpu"), park)
-        for prompts in (PROMPTS, PROMPTS[::-1]):
-            pictures.append(grpo.rollout(pipe, prompts, [(7, i) for i in range(3)], options(), num_inference_steps=STEPS, output_type="pt", **args)[0])
-            assert not park or pipe.text_encoder is None
-    for stock, parked in zip(pictures[:2], pictures[2:]):
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(stock, parked))
+        sft.drive(pipe, CPU, offload_encoders=offload)
+        for records in (RECORDS, RECORDS[::-1]):
+            call = {**args, "num_inference_steps": STEPS, "output_type": "pt"}
+            pictures.append(grpo.sample(pipe, records, SEEDS, options(), call).media)
+            assert not offload or pipe.text_encoder is None
+    for stock, offloaded in zip(pictures[:2], pictures[2:]):
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(stock, offloaded))
     assert not torch.equal(pictures[0][0][0], pictures[1][0][0])
-    sft.save_pipeline(pipe, tmp_path / "saved")
-    assert (tmp_path / "saved" / "text_encoder").is_dir() and pipe.text_encoder is None
 
 
-EDITORS = ["FLUX.1 Kontext", "Qwen-Image-Edit", "Wan image-to-video"]
+# ---------------------------------------------------------------- editors
+
+EDITORS = {"FLUX.1 Kontext": 2, "Wan image-to-video": 2, "Qwen-Image-Edit": 1}  # samples of a call with one source
+
+
+def edits(folder):
+    """Prompt records with a source each, red and blue."""
+    lines = []
+    for color in ("red", "blue"):
+        Image.new("RGB", (32, 32), color).save(folder / f"{color}.png")
+        lines.append(json.dumps({"prompt": "a cat", "source": f"{color}.png"}))
+    (folder / "edits.jsonl").write_text("\n".join(lines) + "\n")
+    return data.read_records(folder / "edits.jsonl", "prompt")
 
 
 @pytest.mark.parametrize("name", EDITORS)
 def test_source_images_go_along_with_their_prompts(name, tmp_path):
-    """Each prompt has an image of its own to edit or animate: another source gives another result, in a batch as alone."""
+    """Each prompt has an image of its own to edit or animate: another source gives another result."""
     pipe, args = make(name)
-    sft.prepare(pipe, torch.device("cpu"))
+    sft.drive(pipe, CPU)
     args.pop("image")
-    for name, color in (("a", "red"), ("b", "blue")):
-        Image.new("RGB", (32, 32), color).save(tmp_path / f"{name}.png")
-    (tmp_path / "edits.jsonl").write_text("".join(json.dumps({"prompt": "a cat", "source": f"{name}.png"}) + "\n" for name in "ab"))
-    records = data.read_records(tmp_path / "edits.jsonl", "prompt")
-    call = dict(**args, num_inference_steps=STEPS, output_type="pt")
-    both = sft.sample_media(pipe, ["a cat"] * 2, [1, 1], **grpo.source_images(records), **call)
-    alone = sft.sample_media(pipe, ["a cat"], [1], **grpo.source_images(records[1:]), **call)
+    records = edits(tmp_path)
+    call = {**args, "num_inference_steps": STEPS, "output_type": "pt"}
+    both = sft.sample_media(pipe, records, [1, 1], 2, call)
+    alone = sft.sample_media(pipe, records[1:], [1], 2, call)
     assert not torch.allclose(both[0][0], both[1][0])
     torch.testing.assert_close(both[1][0], alone[0][0])
     (tmp_path / "edits.jsonl").write_text('{"prompt": "a cat", "source": "c.png"}\n')
@@ -168,92 +229,106 @@ def test_source_images_go_along_with_their_prompts(name, tmp_path):
 
 @pytest.mark.parametrize("name", EDITORS)
 def test_editors_start_at_ratio_1_from_records_with_sources(name, tmp_path):
-    """A group of each source, through rollout and replay as grpo.main does; Wan's call takes one source, so its groups come one by one."""
+    """A group of each source, sampled and trained on as grpo.main does."""
     pipe, args = make(name)
-    sft.prepare(pipe, torch.device("cpu"))
+    sft.drive(pipe, CPU)
     args.pop("image")
-    for color in ("red", "blue"):
-        Image.new("RGB", (32, 32), color).save(tmp_path / f"{color}.png")
-    (tmp_path / "edits.jsonl").write_text("".join(json.dumps({"prompt": "a cat", "source": f"{color}.png"}) + "\n" for color in ("red", "blue")))
-    records = [record for record in data.read_records(tmp_path / "edits.jsonl", "prompt") for _ in range(2)]
-    settings, found = options("--lora-rank", "0", "--kl", "0"), []
-    for chunk in ([0, 1], [2, 3]) if name.startswith("Wan") else ([0, 1, 2, 3],):
-        call = dict(prompt=[records[n]["prompt"] for n in chunk], **grpo.source_images([records[n] for n in chunk]), **args, num_inference_steps=STEPS, output_type="pt")
-        media, trajectory = grpo.rollout(pipe, seeds=[(7, n % 2) for n in chunk], args=settings, **call)
-        stats = grpo.accumulate_gradients(pipe, trajectory, torch.tensor([1., -1., .5, .25])[:len(chunk)], settings, torch.full((len(chunk),), 1 / 4), **call)
-        assert stats["max_ratio_error"] == 0
-        found += media
-    assert not torch.allclose(found[0][0], found[2][0])                        # the same prompt and noise, another source
-    assert sum(p.grad.abs().sum().item() for p in pipe.transformer.parameters() if p.grad is not None) > 0
+    records, settings, media = edits(tmp_path), options("--group-size", "2", "--pairs", "all", "--batch-size", str(EDITORS[name])), []
+    for seeds in grpo.sample_seeds([0, 1], 5, settings):
+        rollout = grpo.sample(pipe, records, seeds, settings, {**args, "num_inference_steps": STEPS, "output_type": "pt"})
+        assert policy_gradient(pipe, rollout, ADVANTAGES[:len(seeds)], settings) == 0
+        media += rollout.media
+    assert len(media) == 4 and not torch.allclose(media[0][0], media[2][0])     # the same prompt, another source
+    assert sum(gradient.abs().sum().item() for gradient in gradients(pipe.transformer).values()) > 0
 
 
-def test_wan_with_several_sources_in_a_call_says_what_to_do():
-    pipe, args = make("Wan image-to-video")
-    sft.prepare(pipe, torch.device("cpu"))
-    args["image"] = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
-    with pytest.raises(ValueError, match="WanImageToVideoPipeline takes one source image a call, not 2: pass a --batch-size that divides --group-size"):
-        grpo.rollout(pipe, ["a cat"] * 2, [(7, 0), (7, 1)], options(), num_inference_steps=STEPS, **args)
+def test_several_sources_in_a_call_are_refused_with_what_to_do(tmp_path):
+    pipe, _ = make("Wan image-to-video")
+    sft.drive(pipe, CPU)
+    with pytest.raises(ValueError, match="--batch-size 8: .*--group-size 4, a divisor where prompts have sources"):
+        grpo.check_options(options("--group-size", "4", "--batch-size", "8", "--num-prompts", "2"), pipe, edits(tmp_path))
+
+
+def run_wan(pipe, args, folder, prompts, *extra):
+    """The rows of a run of grpo.py on a saved tiny Wan, rewarded for bright clips of 5 frames."""
+    pipe.save_pretrained(folder / "wan")
+    (folder / "bright.py").write_text(
+        "import numpy as np\ndef bright(media, prompts):\n    assert all(len(frames) == 5 for frames in media)\n"
+        "    return [float(np.mean([np.asarray(frame) for frame in frames])) for frames in media]\n")
+    (folder / "wan" / "pipe_args.json").write_text(json.dumps({**args, "num_inference_steps": STEPS}))
+    grpo.main(["--model", str(folder / "wan"), "--data", str(prompts), "--eval-data", str(prompts), "--watch", "none",
+               "--reward", f"{folder}/bright.py:bright", "--sde-steps", "2", "--lora-rank", "2", "--group-size", "2",
+               "--num-prompts", "2", "--batch-size", "2", "--max-steps", "2", "--warmup-steps", "1", "--lr", "1e-2",
+               "--out", str(folder / "run"), *extra])
+    return rows(folder / "run")
 
 
 def test_a_run_on_prompts_with_sources(tmp_path):
-    """grpo.py on Wan image-to-video, a folder: groups of two sources, evaluations with the sources of the held-out records."""
+    """Wan image-to-video: groups of two sources, evaluations with the sources of the held-out records; offloaded encoders are saved."""
     pipe, args = make("Wan image-to-video")
-    pipe.save_pretrained(tmp_path / "wan")
-    for color in ("red", "blue"):
-        Image.new("RGB", (32, 32), color).save(tmp_path / f"{color}.png")
-    (tmp_path / "edits.jsonl").write_text("".join(json.dumps({"prompt": "a cat", "source": f"{color}.png"}) + "\n" for color in ("red", "blue")))
-    (tmp_path / "bright.py").write_text("import numpy as np\nbright = lambda media, prompts: [float(np.mean([np.asarray(f) for f in frames])) for frames in media]\n")
-    call = {k: v for k, v in args.items() if k != "image"} | {"num_inference_steps": STEPS}
-    grpo.main(["--model", str(tmp_path / "wan"), "--data", str(tmp_path / "edits.jsonl"), "--eval-data", str(tmp_path / "edits.jsonl"), "--eval-num", "2",
-               "--reward", f"{tmp_path}/bright.py:bright", "--pipe-arg", *(f"{k}={v}" for k, v in call.items()), "--sde-steps", "2", "--lora-rank", "2",
-               "--lora-targets", r"attn\d\.to_q$", "--num-prompts", "2", "--group-size", "2", "--batch-size", "2", "--max-steps", "2", "--warmup-steps", "1",
-               "--lr", "1e-2", "--out", str(tmp_path / "run")])
-    first, second = rows(tmp_path / "run")
-    assert first["max_ratio_error"] == 0 and first["grad_norm"] > 0 and second["kl"] > 0
-
-
-def test_wan_with_its_own_scheduler():
-    """The released folders hold a UniPC scheduler with flow sigmas: it is a flow, sampled by it without us, by Euler steps with us."""
-    pipe, args = make("Wan 2.1")
-    pipe.scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    assert sft.prediction_type(pipe) == "flow"
-    sft.prepare(pipe, torch.device("cpu"))
-    settings, args = options("--kl", "0", "--lora-rank", "0"), dict(**args, num_inference_steps=STEPS, output_type="pt")
-    _, trajectory = grpo.rollout(pipe, PROMPTS, [(7, i) for i in range(3)], settings, **args)
-    sigmas = trajectory["sigmas"]
-    assert sigmas[-1] == 0 and (sigmas.diff() < 0).all() and sigmas[0] <= 1
-    stats = grpo.accumulate_gradients(pipe, trajectory, torch.tensor([1., -1., .5]), settings, torch.full((3,), 1 / 3), prompt=PROMPTS, **args)
-    assert stats["max_ratio_error"] == 0 and sft.prediction_type(pipe) == "flow"
-
-
-def test_what_the_driver_cannot_carry_is_refused_with_the_reason():
-    pipe, _ = make("SD3.5")
-    pipe.transformer.transformer_blocks[0]._hf_hook = object()
-    with pytest.raises(ValueError, match="StableDiffusion3Pipeline is offloaded by hooks"):
-        sft.install(pipe)
-    for kind, reason in ((diffusers.LTX2Pipeline, "copies its scheduler"), (diffusers.DDPMPipeline, "no prepare_latents")):
-        with pytest.raises(ValueError, match=f"{kind.__name__} .*{reason}"):
-            sft.install(object.__new__(kind))
+    args.pop("image")
+    edits(tmp_path)
+    first, second = run_wan(pipe, args, tmp_path, tmp_path / "edits.jsonl", "--offload-encoders")
+    assert first["ratio_error"] == 0 and first["grad_norm"] > 0 and second["kl"] > 0
+    assert (tmp_path / "run" / "model" / "text_encoder" / "config.json").exists()
 
 
 def test_a_video_generator_is_rewarded_by_its_frames(tmp_path):
     """A whole run on Wan 2.1: the reward sees the 5 frames of a clip; the adapter loads in diffusers."""
     pipe, args = make("Wan 2.1")
-    pipe.save_pretrained(tmp_path / "wan")
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na cube\n")
-    (tmp_path / "bright.py").write_text("import numpy as np\n"
-        "def bright(media, prompts):\n    assert all(len(frames) == 5 for frames in media)\n    return [float(np.mean([np.asarray(f) for f in frames])) for frames in media]\n")
-    call = {**args, "num_inference_steps": 4}
-    grpo.main(["--model", str(tmp_path / "wan"), "--data", str(tmp_path / "prompts.txt"), "--eval-data", str(tmp_path / "prompts.txt"), "--eval-num", "2",
-               "--reward", f"{tmp_path}/bright.py:bright", "--pipe-arg", *(f"{k}={v}" for k, v in call.items()), "--sde-steps", "2", "--lora-rank", "2",
-               "--lora-targets", r"attn\d\.to_q$", "--num-prompts", "2", "--group-size", "2", "--max-steps", "2", "--warmup-steps", "1", "--lr", "1e-2",
-               "--out", str(tmp_path / "run")])
-    first, second = rows(tmp_path / "run")
-    assert first["max_ratio_error"] == 0 and second["kl"] > 0 and (tmp_path / "run" / "before_after.png").exists()
+    first, second = run_wan(pipe, args, tmp_path, tmp_path / "prompts.txt")
+    assert first["ratio_error"] == 0 and second["kl"] > 0 and (tmp_path / "run" / "before_after.html").exists()
     theirs = diffusers.WanPipeline.from_pretrained(tmp_path / "wan")
     ours = diffusers.WanPipeline.from_pretrained(tmp_path / "run" / "model")
     theirs.load_lora_weights(tmp_path / "run" / "adapter")
     base, merged = (dict(p.transformer.named_parameters()) for p in (theirs, ours))
     name = "blocks.0.attn1.to_q"
     delta = base[f"{name}.lora_B.default_0.weight"] @ base[f"{name}.lora_A.default_0.weight"]
+    assert delta.abs().max() > 0
     torch.testing.assert_close(base[f"{name}.base_layer.weight"] + delta, merged[f"{name}.weight"], atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- schedulers and refusals
+
+def test_wan_with_its_own_scheduler():
+    """The released folders hold a UniPC scheduler with flow sigmas: it is a flow, sampled by it without us, by Euler steps with us."""
+    pipe, args = make("Wan 2.1")
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    assert sft.prediction_type(pipe) == "flow"
+    sft.drive(pipe, CPU)
+    call = {**args, "prompt": PROMPTS, "num_inference_steps": STEPS, "output_type": "pt"}
+    rollout = grpo.sample(pipe, RECORDS, SEEDS, options(), call)
+    assert rollout.sigmas[-1] == 0 and (rollout.sigmas.diff() < 0).all() and rollout.sigmas[0] <= 1
+    assert policy_gradient(pipe, rollout, ADVANTAGES, options()) == 0 and sft.prediction_type(pipe) == "flow"
+
+
+def test_a_schedule_that_is_no_flow_is_refused():
+    pipe, args = make("Wan 2.1")
+    sft.drive(pipe, CPU)
+    stock = pipe.scheduler.scheduler
+    set_timesteps = stock.set_timesteps
+
+    def inverted(*args, **kwargs):
+        set_timesteps(*args, **kwargs)
+        stock.sigmas = 80 * stock.sigmas
+
+    stock.set_timesteps = inverted
+    with pytest.raises(ValueError, match=r"noise levels .*they must fall within \[0, 1\]"):
+        grpo.sample(pipe, RECORDS, SEEDS, options(), {**args, "num_inference_steps": STEPS})
+
+
+def test_what_the_driver_cannot_carry_is_refused_with_the_reason():
+    pipe, _ = make("SD3.5")
+    pipe.transformer.transformer_blocks[0]._hf_hook = object()
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline is offloaded by hooks"):
+        sft.drive(pipe, CPU)
+    for kind, reason in ((diffusers.LTX2Pipeline, "copies the scheduler"), (diffusers.DDPMPipeline, "has no prepare_latents")):
+        with pytest.raises(ValueError, match=f"{kind.__name__} .*{reason}"):
+            sft.drive(object.__new__(kind), CPU)
+
+
+def test_an_epsilon_model_is_refused():
+    pipe, _ = make("SD1.5")
+    with pytest.raises(ValueError, match="predicts epsilon: the stochastic sampler needs a flow-matching pipeline"):
+        grpo.check_options(options(), sft.drive(pipe, CPU), [{"prompt": "a cat"}])

@@ -1,4 +1,5 @@
 """Every command of the README runs, with small settings, and every file and option it names exists."""
+import itertools
 import re
 import shlex
 import subprocess
@@ -10,78 +11,119 @@ from PIL import Image
 import data
 import dpo
 import grpo
+import plots
 import reward
 import sft
+import toy
 from conftest import ROOT
+from test_dpo import GOOD
 
-STAGES = {"sft.py": sft, "dpo.py": dpo, "grpo.py": grpo, "reward.py": reward, "data.py": data}
-SMALL = {"sft.py": "--max-steps 2 --batch-size 4 --data-num 40 --eval-num 4 --max-new-tokens 8",
-         "dpo.py": "--max-steps 1 --batch-size 4 --data-num 2 --num-traces 2 --eval-num 2 --max-new-tokens 8",
-         "grpo.py": "--max-steps 1 --num-prompts 2 --group-size 3 --pairs all --eval-num 4 --max-new-tokens 8 --max-parse-fail 1 --eval-every 0",
-         "reward.py": "--max-new-tokens 8", "data.py": "--num 8 --max-new-tokens 8 --chunk 4"}
-
-
-def commands():
-    """The lines of the README's shell blocks, continuations joined, split at &&."""
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [part.strip() for line in lines if line for part in line.split("&&")]
+SCRIPTS = {"sft.py": sft, "dpo.py": dpo, "grpo.py": grpo, "reward.py": reward, "data.py": data, "tests/toy.py": toy, "tests/plots.py": plots}
+SMALL = {"tests/toy.py": "--num-traces 12 --num-pairs 4 --num-images 8 --num-prompts 8 --num-eval-pairs 2 --num-eval-prompts 4",
+         "sft.py": "--max-steps 2 --batch-size 4",
+         "dpo.py": "--max-steps 1 --batch-size 4",
+         "grpo.py": "--max-steps 1 --num-prompts 2 --group-size 4 --batch-size 8 --max-new-tokens 8 --max-parse-fail 1"}
+PAGES = ["README.md", "tests/README.md"]
 
 
-def test_the_toy_commands_run_in_order(tmp_path, monkeypatch, capsys):
-    """In one folder, as a newcomer would: the README's first block, then its reward.py and data.py lines."""
+def commands(page="README.md"):
+    """The lines of a page's shell blocks, continuations joined, split at &&."""
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / page).read_text(), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    parts = [part for line in lines for part in line.split("#")[0].split("&&")]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def run(command):
+    words = shlex.split(command)
+    SCRIPTS[words[1]].main(words[2:] + shlex.split(SMALL.get(words[1], "")))
+
+
+def is_for_real_models(command):
+    """Torchrun, servers and models of the hub: what is only parsed."""
+    return not command.startswith("python ") or "HOST" in command or "my-pipeline" in command or "-m pytest" in command
+
+
+@pytest.fixture
+def newcomer(tmp_path, monkeypatch):
+    """A folder like a fresh clone as the current one, with the README's snippets and three images."""
     monkeypatch.chdir(tmp_path)
-    ran = []
-    from test_dpo import GOOD                        # the two-step judge writes nothing readable: DPO gets traces to rank
-    texts = iter([GOOD, GOOD.replace('"winner":"Image 1"}', '"winner":"Image 2"}')] * 10_000)
-    monkeypatch.setattr(dpo, "build_preferences", lambda judge, pairs, *a, **k: data.build_preferences(
-        lambda comparisons, **k: [next(texts) for _ in comparisons], pairs, *a, **k))
-    monkeypatch.setattr(data, "open_judge", lambda *a, **k: lambda questions, **k: [next(texts) for _ in questions])
-    for name, color in zip("ABC", ("red", "blue", "green")):
-        Image.new("RGB", (48, 48), color).save(tmp_path / f"{name}.png")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
         (tmp_path / name).write_text(text)
-    for command in commands():
-        words = shlex.split(command)
-        if words[0] != "python" or words[1] not in STAGES or any("/" in w and "out/" not in w or w.isupper() and len(w) > 3 for w in words[2:]):
-            continue                                 # pip, pytest, and real models: those are parsed below
-        STAGES[words[1]].main(words[2:] + shlex.split(SMALL.get(words[1], "")))
-        ran.append(words[1])
-    assert ran[:4] == ["sft.py", "dpo.py", "sft.py", "grpo.py"] and ran.count("reward.py") == 4 and ran.count("data.py") == 9
-    assert ran.count("sft.py") == 6 and ran.count("dpo.py") == 4 and ran.count("grpo.py") == 3
-    assert "data:image/png" in (tmp_path / "group.html").read_text()
-    assert {"judge-sft", "judge-dpo", "generator-sft", "grpo"} <= {p.name for p in (tmp_path / "out").iterdir()}
-    for picture in ("judge-sft/verdict.png", "judge-dpo/verdict.png", "generator-sft/samples.png", "grpo/before_after.png"):
-        assert Image.open(tmp_path / "out" / picture).size[0] > 100
-    said = capsys.readouterr().out
-    assert "max |ratio - 1| at the first update: 0\n" in said
-    # each stage closes with its numbers: judges' sft.py (image, chain, video) and dpo.py (image, chain); generators' sft.py and grpo.py (image, chain,
-    # video) and dpo.py (image, chain)
-    assert said.count("\n  winner_accuracy   ") == 5 and said.count("\n  true   ") == 8, said
+    for name, color in zip("ABC", ("red", "blue", "green")):
+        Image.new("RGB", (48, 48), color).save(tmp_path / f"{name}.png")
+    return tmp_path
 
 
-def test_every_command_parses():
-    """Options in the README exist: each stage's parser accepts its lines, those for real models too."""
-    seen = 0
+def test_the_toy_commands_run_in_order(newcomer, monkeypatch, capsys):
+    """In one folder, as a newcomer would: the README's first block, then its other lines that need no real models."""
+    def build_preferences(judge, pairs, *args):      # two steps of SFT write nothing readable: DPO gets verdicts to rank
+        verdicts = itertools.cycle([GOOD, GOOD.replace('"winner":"Image 1"}', '"winner":"Image 2"}')])
+        return data.build_preferences(lambda questions, **_: [next(verdicts) for _ in questions], pairs, *args)
+
+    monkeypatch.setattr(dpo, "build_preferences", build_preferences)
+    ran = []
     for command in commands():
+        if is_for_real_models(command):
+            continue
+        if command.startswith("python reward.py") and "reward.py" not in ran:       # the lines after the quick start
+            data.write_jsonl("pairs.jsonl", data.read_records("out/toy/pairs_test.jsonl", "pair"))
+        run(command)
+        ran.append(shlex.split(command)[1])
+    assert ran == ["tests/toy.py", "sft.py", "dpo.py", "sft.py", "grpo.py", "reward.py", "reward.py", "grpo.py"]
+    assert "data:image/png" in (newcomer / "group.html").read_text()
+    pages = re.findall(r"`(out/\S+\.html)`", (ROOT / "README.md").read_text())
+    assert len(pages) == 4 and all("data:image/png" in (newcomer / page).read_text() for page in pages)
+    printed = capsys.readouterr().out
+    assert printed.count("max |ratio - 1| at the first update: 0\n") == 2
+    assert printed.count("\n  winner_accuracy   ") == 2 and printed.count("winner_accuracy\"") == 1 and printed.count("\n  true   ") == 2 and printed.count("\n  win_rate   ") == 2
+    plot, = re.findall(r"`(python tests/plots.py [^`]*)`", (ROOT / "README.md").read_text())
+    run(plot)
+    width, height = Image.open(newcomer / "out/judge-sft/curves.png").size
+    assert width > 600 and height > 200
+
+
+def test_curves_are_those_of_the_rows_that_count(tmp_path):
+    """Of a step that a resumed run repeated the last row counts; half a line and numbers that never change are left out."""
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"args": {}}\n{"step": 1, "loss": 4, "same": 2}\n{"step": 2, "loss": 3, "same": 2}\n{"step": 3, "lo\n'
+                   '{"args": {}}\n{"step": 2, "loss": 2, "same": 2, "held_out": NaN}\n{"step": 3, "loss": 1, "same": 2}\n')
+    assert plots.read_curves(log) == {"loss": [(1, 4), (2, 2), (3, 1)]}
+    assert plots.ticks(0, 1200) == [0, 500, 1000] and plots.ticks(.05, 6, log=True) == [.05, .1, .2, .5, 1, 2, 5]
+    assert Image.open(plots.draw_curves(log)).size == (360, 230)
+    log.write_text("")
+    with pytest.raises(SystemExit, match="holds no number that changes"):
+        plots.main([str(log)])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_parses(page):
+    """Options in the READMEs exist: each script's parser accepts its lines, those for real models too."""
+    num_parsed = 0
+    for command in commands(page):
         words = shlex.split(command)
-        scripts = [i for i, w in enumerate(words) if w in STAGES]
+        scripts = [i for i, word in enumerate(words) if word in SCRIPTS]
         if scripts:
-            parse = getattr(STAGES[words[scripts[0]]], "parse_args", None)
+            parse = getattr(SCRIPTS[words[scripts[0]]], "parse_args", None)
             if parse:
                 parse(words[scripts[0] + 1:])
-            seen += 1
+                num_parsed += 1
         else:
-            assert words[0] in ("pip", "python", "git", "cd"), command
-    assert seen >= 6
+            assert words[0] == "pip" or words[:3] == ["python", "-m", "pytest"] or (ROOT / words[1]).exists(), command
+    assert num_parsed >= 4
 
 
-@pytest.mark.parametrize("script", STAGES)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_of_every_script(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout
 
 
-def test_files_named_in_the_readme_exist():
-    for name in re.findall(r"`((?:tests/)?[a-z_]+\.(?:py|txt))`", (ROOT / "README.md").read_text()):
-        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_in_the_readmes_exist(page):
+    """But for the README's own snippets."""
+    text = (ROOT / page).read_text()
+    snippets = re.findall(r"```python\n# (\w+\.py)\n", text)
+    for name in re.findall(r"`((?:tests/)?[a-z_]+\.(?:py|txt|md))`", text):
+        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists() or name in snippets, name

@@ -13,9 +13,9 @@ import torch
 
 import sft
 from conftest import ROOT
-from test_sft import SMALL, preferences, rows, weights
+from test_sft import preferences, rows, small, state
 
-MEASURED = ("records_per_s", "peak_gib")             # of this machine at that time
+MEASURED = ("time", "peak_gib")                      # of this machine at that time
 
 
 def start(command, ranks, out):
@@ -28,10 +28,10 @@ def start(command, ranks, out):
 
 
 def state_of(out):
-    """What must be the same: weights, optimizer, RNG, log rows."""
+    """What must be the same: weights, optimizer, log rows."""
     folder = max(Path(out).glob("step_*"))
     log = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows(out)]
-    return folder.name, weights(out, int(folder.name[5:])), torch.load(folder / "state.pt", weights_only=True), log
+    return folder.name, state(out, int(folder.name[5:])), log
 
 
 def same(a, b):
@@ -66,37 +66,31 @@ def kill_and_resume(command, out, kills, ranks=1, seed=0):
             with contextlib.suppress(OSError):
                 if str(killed).encode() in entry.read_bytes():
                     os.kill(int(entry.parent.name), signal.SIGKILL)
-        moments.append((steps(), (killed / "aside").exists()))
+        moments.append((steps(), (killed / "partial").exists()))
     assert start(command, ranks, killed).wait() == 0, Path(out, "killed.txt").read_text()[-2000:]
     return moments
 
 
 @pytest.mark.parametrize("stage, kills", [("sft", 2), ("dpo", 1)])
-def test_killed_runs_end_as_the_whole_one(stage, kills, judge_folder, tmp_path):
-    command = [f"{stage}.py", "--model", judge_folder, "--max-steps", "60", "--save-every", "1", *SMALL, "--batch-size", "2"]
+def test_killed_runs_end_as_the_whole_one(stage, kills, judge_folder, toy_folder, tmp_path):
+    command = [f"{stage}.py", *small(toy_folder), "--model", judge_folder, "--max-steps", "60", "--save-every", "1", "--batch-size", "2"]
     command += ["--data", preferences(tmp_path), "--lora-rank", "4"] if stage == "dpo" else []
     kill_and_resume(command, tmp_path, kills)
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "killed"))
-    assert [sorted(row) for row in rows(tmp_path / "killed")] == [sorted(row) for row in rows(tmp_path / "whole")]
+    assert len(rows(tmp_path / "killed")) == 60
 
 
-def test_damaged_and_foreign_checkpoints_are_refused(judge_folder, tmp_path):
+def test_broken_and_foreign_checkpoints_are_refused(judge_folder, toy_folder, tmp_path):
     out = tmp_path / "run"
-    args = ["--model", judge_folder, "--max-steps", "2", "--out", str(out), *SMALL]
+    args = [*small(toy_folder), "--model", judge_folder, "--max-steps", "2", "--out", str(out)]
     sft.main(args)
-    file = out / "step_000002" / "weights.safetensors"
-    sound = file.read_bytes()
-    file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))                       # one bit
-    with pytest.raises(ValueError, match="step_000002 is damaged .weights.safetensors."):
-        sft.main([*args, "--resume"])
-    file.write_bytes(sound)
     with pytest.raises(ValueError, match="other options: lora_rank 0 -> 4"):
         sft.main([*args, "--lora-rank", "4", "--resume"])
-    (out / "step_000002" / "state.pt").unlink()
-    with pytest.raises(ValueError, match="is damaged .*state.pt"):
+    (out / "step_000002" / ".metadata").unlink()
+    with pytest.raises(ValueError, match="step_000002 is damaged. Remove it to resume from the one before"):
         sft.main([*args, "--resume"])
 
 
-def test_resume_without_a_checkpoint_starts_and_says_so(judge_folder, tmp_path, capsys):
-    sft.main(["--model", judge_folder, "--max-steps", "1", "--out", str(tmp_path / "run"), "--resume", *SMALL])
+def test_resume_without_a_checkpoint_starts_and_says_so(judge_folder, toy_folder, tmp_path, capsys):
+    sft.main([*small(toy_folder), "--model", judge_folder, "--max-steps", "1", "--out", str(tmp_path / "run"), "--resume"])
     assert "no checkpoint in" in capsys.readouterr().out and len(rows(tmp_path / "run")) == 1

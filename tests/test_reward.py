@@ -15,7 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reward
 from reward import (Category, Comparison, LocalJudge, Verdict, WinRates, build_messages, evaluate_judge, format_verdict,
-                    group_advantages, instruction, load_processor, parse_score, parse_verdict, schedule_pairs, win_rates, without_video)
+                    group_advantages, instruction, load_processor, parse_score, parse_verdict, sample_pairs, win_rates, without_video)
 
 NAMES = ("A. Semantic Alignment", "B. Image Quality", "C. Aesthetics")
 
@@ -130,7 +130,7 @@ def test_parse(text, winner, num_categories):
 
 def test_think_keeps_its_criteria():
     text = next(text for text, _, _ in TEXTS if text.startswith("<think>1. Semantic"))
-    first, second = parse_verdict(text).categories[0].dims
+    first, second = parse_verdict(text).categories[0].criteria
     assert (first.name, first.reason_1, first.reason_2, first.score_1, first.score_2) == ("Semantic consistency", "all there", "no star", 9, 4)
     assert (second.name, second.score_2, second.reason_2) == ("Style", 6, "rich")
 
@@ -182,7 +182,7 @@ def test_scores_by_themselves(text, value, num_parts):
 def test_parse_keeps_every_field():
     verdict = parse_verdict(GOOD)
     assert [c.name for c in verdict.categories] == list(NAMES) and [c.anchor for c in verdict.categories] == ["A", "B", "C"]
-    dim = verdict.categories[2].dims[1]
+    dim = verdict.categories[2].criteria[1]
     assert (dim.name, dim.reason_1, dim.reason_2, dim.score_1, dim.score_2) == ("dim 1", "red", "blue", 6, 4)
     assert (verdict.categories[0].reason, verdict.categories[0].winner, verdict.reason, verdict.issues) == ("so", 1, "since", [])
     tree = format_verdict(verdict, "a red circle")
@@ -196,7 +196,7 @@ def test_parse_keeps_every_field():
     ("Semantic Alignment", "A"), ("Image Quality & Realism", "B"), ("Aesthetics", "C"), ("1. Aesthetics & Artistry", "C"),
     ("Narrative & Interaction", None), ("D. Semantic Extras", None), ("Semantic Aesthetics", None), ("overall", None), ("", None)])
 def test_anchor_by_letter_then_keyword(name, anchor):
-    assert reward._read_anchor(name) == anchor
+    assert reward.read_anchor(name) == anchor
 
 
 @pytest.mark.parametrize("issue,text", [
@@ -240,20 +240,20 @@ def verdict(winner, **anchors):
     return Verdict(winner, [Category(name, name if name in "ABC" else None, winner=won) for name, won in anchors.items()])
 
 
-def test_schedule_pairs():
+def test_sample_pairs():
     rng = random.Random(0)
     for num_items, pairs, each in [(9, "all", 8), (9, "ring:2", 4), (8, "ring:3", 6), (8, "ring:4", 7), (9, "ring:4", 8), (2, "ring:1", 1)]:
-        chosen = schedule_pairs(num_items, pairs, rng)
+        chosen = sample_pairs(num_items, pairs, rng)
         assert len({frozenset(pair) for pair in chosen}) == len(chosen) == num_items * each / 2
         assert all(sum(i in pair for pair in chosen) == each for i in range(num_items))
-    firsts = [a < b for _ in range(200) for a, b in schedule_pairs(8, "all", rng)]         # 5600 coins: sd .0067
+    firsts = [a < b for _ in range(200) for a, b in sample_pairs(8, "all", rng)]         # 5600 coins: sd .0067
     assert abs(sum(firsts) / len(firsts) - 0.5) < 0.03
-    assert schedule_pairs(6, "ring:2", random.Random(3)) == schedule_pairs(6, "ring:2", random.Random(3))
-    assert {frozenset(p) for p in schedule_pairs(9, "ring:2", rng)} != {frozenset(p) for p in schedule_pairs(9, "ring:2", rng)}
+    assert sample_pairs(6, "ring:2", random.Random(3)) == sample_pairs(6, "ring:2", random.Random(3))
+    assert {frozenset(p) for p in sample_pairs(9, "ring:2", rng)} != {frozenset(p) for p in sample_pairs(9, "ring:2", rng)}
     for num_items, pairs, words in [(9, "ring:5", "K goes from 1 to 4"), (9, "ring:0", "K goes"), (9, "ring:-1", "expected"),
                                     (9, "some", "expected 'all' or 'ring:K'"), (1, "all", "at least 2")]:
         with pytest.raises(ValueError, match=words):
-            schedule_pairs(num_items, pairs, rng)
+            sample_pairs(num_items, pairs, rng)
 
 
 PAIRS = [(0, 1), (2, 0), (1, 2)]
@@ -304,7 +304,6 @@ def test_advantages_by_hand():
     rates, s = rates_of([1., .5, 0.], [0., 0., 1.]), 1 / math.sqrt(3)
     for alpha, expected in [(0, [1, 0, -1]), (1, [-s, -s, 2 * s]), (.3, [.7 - .3 * s, -.3 * s, -.7 + .6 * s])]:
         assert group_advantages(rates, alpha).tolist() == pytest.approx(expected, abs=1e-6)
-    assert group_advantages(rates, 0, normalize_std=False).tolist() == [.5, 0, -.5]
     assert group_advantages(rates, 0, std_floor=2.).tolist() == pytest.approx([.25, 0, -.25])
     assert group_advantages(rates).tolist() == group_advantages(rates, .7).tolist()
 
@@ -327,7 +326,7 @@ def test_random_order_removes_what_position_bias_gives_to_an_index():
     rng, num_items, totals = random.Random(0), 6, {"random": torch.zeros(6), "fixed": torch.zeros(6)}
     for _ in range(300):                                        # a judge that names the first image in 3 of 4 cases, whatever it shows
         for order, total in totals.items():
-            pairs = schedule_pairs(num_items, "all", rng)
+            pairs = sample_pairs(num_items, "all", rng)
             pairs = pairs if order == "random" else [tuple(sorted(pair)) for pair in pairs]
             total += group_advantages(win_rates(pairs, [verdict(1 if rng.random() < .75 else 2) for _ in pairs], num_items)) / 300
     assert totals["random"].abs().max() < 0.2                   # sd of a mean of 300: .055
@@ -384,20 +383,6 @@ def test_batched_greedy_answers_equal_single_ones_and_training_goes_on(tiny):
     model(**inputs).logits.sum().backward()                     # no inference tensor is left behind in the model
     assert model.model.visual.patch_embed.proj.weight.grad is not None
     model.zero_grad()
-
-
-def test_an_image_of_a_group_is_encoded_once(tiny, monkeypatch):
-    """Four images in all six pairs: the same texts as with images of their own, a third of the work, and nothing is left behind."""
-    model, processor = tiny
-    judge, seen, stock = LocalJudge(model=model, processor=processor, template=TEMPLATE, max_new_tokens=12), [], model.model.visual.forward
-    hook = model.model.visual.patch_embed.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    group = [picture(color) for color in ("red", "green", "blue", "white")]
-    pairs = [(a, b) for i, a in enumerate(group) for b in group[i + 1:]]
-    shared = judge([Comparison("a star", [a], [b]) for a, b in pairs])
-    own = judge([Comparison("a star", [a.copy()], [b.copy()]) for a, b in pairs])
-    hook.remove()
-    assert shared == own and len(set(shared)) > 1 and seen == [4 * 4, 12 * 4]
-    assert model.model.visual.forward == stock
 
 
 def test_generation_stops_at_the_tokenizers_eos(tiny):

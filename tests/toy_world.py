@@ -1,76 +1,89 @@
-"""The toy world: coloured shapes, prompts for them, a teacher who writes verdicts. The pixel oracle is toy_oracle.py.
+"""The toy world: coloured shapes, prompts for them, a teacher who writes verdicts. toy.py writes it
+to files; the pixel oracle is toy_oracle.py.
 
-Everything the stages need to run on a laptop without weights or data from elsewhere. Loaded only when a stage is asked for
-`toy`. An image is 48 x 48 pixels, a grid of 3 x 3 cells that each hold at most one shape.
+All that the stages need to run on a laptop without weights or data from elsewhere. An image is
+48 x 48 pixels, a grid of 3 x 3 cells that each hold at most one shape.
 
-    prompt    "a red circle above a blue square"               sample_prompt: five types, a quarter of the texts held out
-    scene     what one candidate image shows, faults included  sample_scene: wrong, missing, surplus, ghost and blended objects,
-                                                               blur, noise, exposure, tinted or tiled backgrounds
-    teacher   scene, scene -> hierarchical verdict             judge_pair; sometimes dazzled by looks, see there
-    oracle    pixels -> objects -> does it match the prompt?   truth; never sees a scene
+    prompt    "a red circle above a blue square"      sample_prompt: five types, a quarter held out
+    scene     what one image shows, faults included   sample_scene: wrong, missing, surplus, ghost
+              and blended objects, blur, noise, exposure, tinted or tiled backgrounds
+    teacher   scene, scene -> hierarchical verdict    judge_pair; sometimes dazzled by looks
+    Records   all of these as a function of (split, kind, seed, index)
 """
-import importlib
 import json
 import random
 import sys
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
 
-from toy_oracle import CELL, COLORS, PAIR_TYPES, SHAPES, SIZE, mask, picture_stats, success
+from toy_oracle import CELL, COLORS, NUMBERS, PAIR_TYPES, RELATIONS, SHAPES, SIZE, mask
 
 MEDIUM, FRAMES = "Image", 1
-PLAIN, CLASHING = (238, 238, 238), [(225, 60, 205), (120, 235, 235)]
-NUMBERS = ["none", "one", "two", "three", "four", "five"]
-RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
+PLAIN = (238, 238, 238)
+CLASHING = [(225, 60, 205), (120, 235, 235)]
 
 
-# ---------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------------
+# prompts
 
-KINDS, HARD_KINDS = ["single", "count", "two", "binding", "spatial"], ["binding", "spatial"]
+KINDS = ["single", "count", "two", "binding", "spatial"]
+HARD_KINDS = ["binding", "spatial"]
 
 
 def sample_prompt(rng, held_out=False, kinds=KINDS):
-    """A prompt as a dict: type, objects [(color or None, shape)], count, relation or None, text.
+    """A prompt: {type, objects [(color or None, shape)], count, relation or None, text}.
 
-    A quarter of the combinations of each type is held out, in the manner of a Latin square: every word occurs in training.
+    A quarter of the combinations of each type is held out, in the manner of a Latin square: every
+    word occurs in training.
     """
     while True:
         kind = rng.choice(kinds)
-        (c1, c2), (s1, s2) = rng.sample(list(COLORS), 2), rng.sample(SHAPES, 2)
-        objects, count, relation = [(c1, s1)], 1, None
+        c1, c2 = rng.sample(list(COLORS), 2)
+        s1, s2 = rng.sample(SHAPES, 2)
+        objects = [(c1, s1)]
+        count = 1
+        relation = None
         if kind == "single":
             text = f"a {c1} {s1}"
         elif kind == "count":
             count = rng.choice([2, 3, 4])
             text = f"{NUMBERS[count]} {c1} {s1}s"
         elif kind == "two":
-            objects, text = [(None, s1), (None, s2)], f"a {s1} and a {s2}"
+            objects = [(None, s1), (None, s2)]
+            text = f"a {s1} and a {s2}"
         else:
-            objects, relation = [(c1, s1), (c2, s2)], rng.choice(list(RELATIONS)) if kind == "spatial" else None
+            objects = [(c1, s1), (c2, s2)]
+            relation = rng.choice(list(RELATIONS)) if kind == "spatial" else None
             text = f"a {c1} {s1} {RELATIONS.get(relation, 'and')} a {c2} {s2}"
-        colors, shapes, relations = list(COLORS), SHAPES, list(RELATIONS)
-        places = [shapes.index(s1), count] if kind != "two" else [shapes.index(s1), 2 * shapes.index(s2)]
-        places += [colors.index(c1)] if kind != "two" else []
-        places += [colors.index(c2), 2 * shapes.index(s2)] if kind in ("binding", "spatial") else []
-        places += [relations.index(relation)] if relation else []
-        if (sum(places) % 4 == 0) == held_out:
-            return dict(type=kind, objects=objects, count=count, relation=relation, text=text)
+        place = SHAPES.index(s1)
+        if kind == "two":
+            place += 2 * SHAPES.index(s2)
+        else:
+            place += count + list(COLORS).index(c1)
+        if kind in ("binding", "spatial"):
+            place += list(COLORS).index(c2) + 2 * SHAPES.index(s2)
+        if relation:
+            place += list(RELATIONS).index(relation)
+        if (place % 4 == 0) == held_out:
+            return {"type": kind, "objects": objects, "count": count, "relation": relation,
+                    "text": text}
 
 
-# ---------------------------------------------------------------- scenes
+# ------------------------------------------------------------------------------------------------
+# scenes
 
 @dataclass
 class Scene:
-    """What one image shows. `objects` are the main ones (color, shape), None where one is missing."""
+    """What one image shows. `objects` are the main ones (color, shape), None where one is missing;
+    `relation` is of the second object's place to the first's, used for two objects."""
     objects: list
-    relation: str                                    # of the second object's place to the first's, used for two objects
+    relation: str
     seed: int                                        # places, jitter, noise, background
     surplus: list = field(default_factory=list)      # (color, shape) in free cells
     ghosts: list = field(default_factory=list)       # the same, nearly transparent
-    blend: tuple = None                              # (index of a main object, the (color, shape) that it is blended with)
+    blend: tuple = None                              # (index of an object, what is drawn over it)
     background: str = "plain"                        # plain, clashing, tinted, tiled
     exposure: str = "balanced"                       # balanced, too dark, washed out
     blurry: bool = False
@@ -87,98 +100,186 @@ def other(rng, values, *taken):
     return rng.choice([v for v in values if v not in taken])
 
 
+def random_object(rng):
+    return rng.choice(list(COLORS)), rng.choice(SHAPES)
+
+
+def unlike(rng, item):
+    """An object of another color and another shape."""
+    return other(rng, COLORS, item[0]), other(rng, SHAPES, item[1])
+
+
+CONTENT_FAULTS = {
+    "single": "color shape missing surplus",
+    "count": "color shape count count surplus",
+    "two": "shape missing surplus",
+    "binding": "color shape missing swap swap surplus",
+    "spatial": "color shape missing swap relation relation surplus"}
+
+
 def sample_scene(prompt, rng, num_faults=None, defects=True):
-    """A candidate image for `prompt`: `num_faults` faults of content (drawn if None), and, with defects, faults of looks."""
-    kind, pair = prompt["type"], prompt["type"] in PAIR_TYPES
+    """A candidate image for `prompt`: `num_faults` faults of content (drawn if None), and, with
+    defects, faults of looks."""
+    pair = prompt["type"] in PAIR_TYPES
     free = rng.sample(list(COLORS), 2)
-    objects = [(c or free[i], s) for i, (c, s) in enumerate(prompt["objects"])] if pair else prompt["objects"] * prompt["count"]
-    scene = Scene(list(objects), prompt["relation"] or rng.choice(list(RELATIONS)), rng.getrandbits(32))
-    faults = {"single": "color shape missing surplus", "count": "color shape count count surplus", "two": "shape missing surplus",
-              "binding": "color shape missing swap swap surplus", "spatial": "color shape missing swap relation relation surplus"}[kind].split()
+    if pair:
+        objects = [(c or free[i], s) for i, (c, s) in enumerate(prompt["objects"])]
+    else:
+        objects = prompt["objects"] * prompt["count"]
+    relation = prompt["relation"] or rng.choice(list(RELATIONS))
+    scene = Scene(list(objects), relation, rng.getrandbits(32))
     if num_faults is None:
         num_faults = rng.choices([0, 1, 2], [.4, .45, .15])[0]
-    for fault in sorted(set(rng.choices(faults, k=num_faults))):
-        here = scene.objects
-        i = rng.randrange(len(here))
-        one = pair or rng.random() < .3              # of several equal objects, all are wrong or one is
-        if fault in ("color", "shape") and here[i]:
-            color, shape = here[i]
-            color = other(rng, COLORS, *[o[0] for o in here if o]) if fault == "color" else color
-            shape = other(rng, SHAPES, *[o[1] for o in here if o]) if fault == "shape" else shape
-            scene.objects = [(color, shape) if o and (j == i or not one) else o for j, o in enumerate(here)]
-        elif fault == "missing":
-            scene.objects = [o if pair and j != i else None for j, o in enumerate(here)]
-        elif fault == "count":
-            scene.objects = [objects[0]] * other(rng, [1, 2, 3, 4, 5], prompt["count"])
-        elif fault == "swap" and all(here):
-            scene.objects = [(here[1][0], here[0][1]), (here[0][0], here[1][1])]
-        elif fault == "relation":
-            scene.relation = other(rng, RELATIONS, prompt["relation"])
-        elif fault == "surplus":
-            scene.surplus = [None] * rng.choices([1, 2, 3, 4], [.5, .25, .15, .1])[0]
-    # surplus objects: copies of intact ones, or strangers that no eye can take for a main object
-    taken = objects + [o for o in scene.objects if o]
-    strangers = [(c, s) for c in COLORS for s in SHAPES if not pair or all(c != o[0] and s != o[1] for o in taken)]
-    copies = objects if scene.objects == objects or not pair else []
-    if copies or strangers:
-        scene.surplus = [rng.choice(copies if copies and (rng.random() < .6 or not strangers) else strangers) for _ in scene.surplus]
-    else:
-        scene.surplus = []
+    faults = rng.choices(CONTENT_FAULTS[prompt["type"]].split(), k=num_faults)
+    for fault in sorted(set(faults)):
+        add_content_fault(scene, fault, prompt, objects, rng)
+    scene.surplus = draw_surplus(scene, objects, pair, rng)
     if defects:
-        if rng.random() < .12:
-            scene.ghosts = [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in range(rng.choice([1, 1, 2, 3]))]
-        elif rng.random() < .1 and scene.objects[0]:
-            scene.blend = (0, (other(rng, COLORS, scene.objects[0][0]), other(rng, SHAPES, scene.objects[0][1])))
-        if rng.random() < .45:
-            fault = rng.choice(["blurry", "noisy", "exposure"])
-            setattr(scene, fault, rng.choice(["too dark", "washed out"]) if fault == "exposure" else True)
-        if rng.random() < .5:
-            fault = rng.choice(["off_center", "small", "background", "background"])
-            setattr(scene, fault, rng.choice(["clashing", "tinted", "tiled"]) if fault == "background" else True)
-        if kind == "spatial" and rng.random() < .35:
-            scene.crowded = True
+        add_defects(scene, prompt, rng)
     return scene
+
+
+def add_content_fault(scene, fault, prompt, objects, rng):
+    """Change what the scene shows; `objects` are those of a faultless one."""
+    pair = prompt["type"] in PAIR_TYPES
+    here = scene.objects
+    i = rng.randrange(len(here))
+    one = pair or rng.random() < .3                  # of several equal objects, all or one is wrong
+    if fault in ("color", "shape") and here[i]:
+        color, shape = here[i]
+        if fault == "color":
+            color = other(rng, COLORS, *[o[0] for o in here if o])
+        else:
+            shape = other(rng, SHAPES, *[o[1] for o in here if o])
+        for j, o in enumerate(list(here)):
+            if o and (j == i or not one):
+                here[j] = (color, shape)
+    elif fault == "missing":
+        scene.objects = [o if pair and j != i else None for j, o in enumerate(here)]
+    elif fault == "count":
+        scene.objects = [objects[0]] * other(rng, [1, 2, 3, 4, 5], prompt["count"])
+    elif fault == "swap" and all(here):
+        scene.objects = [(here[1][0], here[0][1]), (here[0][0], here[1][1])]
+    elif fault == "relation":
+        scene.relation = other(rng, RELATIONS, prompt["relation"])
+    elif fault == "surplus":
+        scene.surplus = [None] * rng.choices([1, 2, 3, 4], [.5, .25, .15, .1])[0]
+
+
+def draw_surplus(scene, objects, pair, rng):
+    """Objects for the scene's empty places of surplus ones: copies of intact objects, or strangers
+    that no eye can take for a main object."""
+    taken = objects + [o for o in scene.objects if o]
+    strangers = []
+    for c in COLORS:
+        for s in SHAPES:
+            if not pair or all(c != o[0] and s != o[1] for o in taken):
+                strangers.append((c, s))
+    copies = objects if scene.objects == objects or not pair else []
+    surplus = []
+    for _ in scene.surplus:
+        if copies and (rng.random() < .6 or not strangers):
+            surplus.append(rng.choice(copies))
+        elif strangers:
+            surplus.append(rng.choice(strangers))
+    return surplus
+
+
+def add_defects(scene, prompt, rng):
+    """Add faults of looks."""
+    if rng.random() < .12:
+        scene.ghosts = [random_object(rng) for _ in range(rng.choice([1, 1, 2, 3]))]
+    elif rng.random() < .1 and scene.objects[0]:
+        scene.blend = (0, unlike(rng, scene.objects[0]))
+    if rng.random() < .45:
+        fault = rng.choice(["blurry", "noisy", "exposure"])
+        kind = rng.choice(["too dark", "washed out"]) if fault == "exposure" else True
+        setattr(scene, fault, kind)
+    if rng.random() < .5:
+        fault = rng.choice(["off_center", "small", "background", "background"])
+        kind = rng.choice(["clashing", "tinted", "tiled"]) if fault == "background" else True
+        setattr(scene, fault, kind)
+    if prompt["type"] == "spatial" and rng.random() < .35:
+        scene.crowded = True
+
+
+# ------------------------------------------------------------------------------------------------
+# pixels
+
+CORNERS = [[(0, 0)], [(2, 0)], [(0, 2)], [(2, 2)]]
+SIDES = [[(0, 0), (0, 1), (0, 2), (1, 1), (1, 0)], [(2, 0), (2, 1), (2, 2), (1, 1), (1, 0)],
+         [(0, 0), (1, 0), (2, 0), (1, 1), (0, 1)], [(0, 2), (1, 2), (2, 2), (1, 1), (0, 1)]]
+SPREAD = {1: [[(1, 1)]],
+          2: [[(0, 1), (2, 1)], [(1, 0), (1, 2)]],
+          3: [[(1, 0), (0, 2), (2, 2)], [(0, 0), (2, 0), (1, 2)]],
+          4: [[(0, 0), (2, 0), (0, 2), (2, 2)], [(1, 0), (1, 2), (0, 1), (2, 1)]],
+          5: [[(0, 0), (2, 0), (0, 2), (2, 2), (1, 1)]]}
 
 
 def place(prompt, scene, rng):
     """Cells (column, row) of the main objects, then of all free cells in random order."""
     n = len(scene.objects)
-    if prompt["type"] in PAIR_TYPES:                 # along one axis by the relation; crowded: neighbours
+    if prompt["type"] in PAIR_TYPES:                 # along one axis; crowded: neighbours
         lane = rng.choice([0, 2]) if scene.off_center else 1
         a, b = rng.choice([(0, 1), (1, 2)]) if scene.crowded else (0, 2)
-        cells = [(a, lane), (b, lane)] if scene.relation in ("left", "right") else [(lane, a), (lane, b)]
-        cells = cells[::-1] if scene.relation in ("right", "below") else cells
+        cells = [(a, lane), (b, lane)]
+        if scene.relation in ("above", "below"):
+            cells = [(lane, a), (lane, b)]
+        if scene.relation in ("right", "below"):
+            cells.reverse()
     elif scene.off_center:                           # everything on one side
-        side = rng.choice([[(0, 0), (0, 1), (0, 2), (1, 1), (1, 0)], [(2, 0), (2, 1), (2, 2), (1, 1), (1, 0)],
-                           [(0, 0), (1, 0), (2, 0), (1, 1), (0, 1)], [(0, 2), (1, 2), (2, 2), (1, 1), (0, 1)]])
-        cells = rng.choice([[(0, 0)], [(2, 0)], [(0, 2)], [(2, 2)]]) if n == 1 else side[:n]
+        side = rng.choice(SIDES)
+        cells = rng.choice(CORNERS) if n == 1 else side[:n]
     else:
-        cells = rng.choice({1: [[(1, 1)]], 2: [[(0, 1), (2, 1)], [(1, 0), (1, 2)]],
-                            3: [[(1, 0), (0, 2), (2, 2)], [(0, 0), (2, 0), (1, 2)]],
-                            4: [[(0, 0), (2, 0), (0, 2), (2, 2)], [(1, 0), (1, 2), (0, 1), (2, 1)]],
-                            5: [[(0, 0), (2, 0), (0, 2), (2, 2), (1, 1)]]}[n])
+        cells = rng.choice(SPREAD[n])
     free = [(x, y) for x in range(3) for y in range(3) if (x, y) not in cells]
     return cells, rng.sample(free, len(free))
+
+
+def paint(canvas, cover, color, x, y):
+    """Lay a color over the canvas (48, 48, 3) with coverage (n, n) centred at pixel (x, y)."""
+    n = len(cover)
+    x -= n // 2
+    y -= n // 2
+    top, left = max(0, y), max(0, x)
+    bottom, right = min(SIZE, y + n), min(SIZE, x + n)
+    cover = cover[top - y:bottom - y, left - x:right - x, None]
+    part = canvas[top:bottom, left:right]
+    part += cover * (np.array(COLORS[color], np.float32) - part)
+
+
+def to_image(canvas):
+    return Image.fromarray(canvas.clip(0, 255).round().astype(np.uint8))
+
+
+def blur(canvas):
+    image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(2)), np.float32)
+
+
+def draw_ground(scene, rng, noise):
+    """The background as float32 (48, 48, 3)."""
+    canvas = np.empty((SIZE, SIZE, 3), np.float32)
+    canvas[:] = rng.choice(CLASHING) if scene.background == "clashing" else PLAIN
+    if scene.background in ("tinted", "tiled"):      # a color cast, on all cells or cell by cell
+        strength = 6 * 7.5 ** rng.random()
+        cast = noise.randn(1 if scene.background == "tinted" else 9, 3)
+        cast = (cast - cast.max(1, keepdims=True)) / np.ptp(cast, axis=1, keepdims=True) * strength
+        cast = np.broadcast_to(cast, (9, 3)).reshape(3, 3, 3)
+        canvas += cast.repeat(CELL, 0).repeat(CELL, 1)
+    return canvas
 
 
 def render(prompt, scene):
     """The scene as a PIL image, (48, 48) RGB; the same scene gives the same pixels."""
     rng = random.Random(scene.seed)
     noise = np.random.RandomState(scene.seed)
-    canvas = np.empty((SIZE, SIZE, 3), np.float32)
-    canvas[:] = rng.choice(CLASHING) if scene.background == "clashing" else PLAIN
-    if scene.background in ("tinted", "tiled"):      # a colour cast, on the whole or cell by cell
-        strength, cast = 6 * 7.5 ** rng.random(), noise.randn(1 if scene.background == "tinted" else 9, 3)
-        cast = (cast - cast.max(1, keepdims=True)) / np.ptp(cast, axis=1, keepdims=True) * strength
-        canvas += np.broadcast_to(cast, (9, 3)).reshape(3, 3, 3).repeat(CELL, 0).repeat(CELL, 1)
+    canvas = draw_ground(scene, rng, noise)
 
     def draw(item, cell, alpha=1.0):
         cover = mask(item[1], 3.5 if scene.small else 6.0) * alpha
-        n = len(cover)
-        x, y = (k * CELL + CELL // 2 + rng.randint(-1, 1) - n // 2 for k in cell)
-        top, left, bottom, right = max(0, y), max(0, x), min(SIZE, y + n), min(SIZE, x + n)
-        cover = cover[top - y:bottom - y, left - x:right - x, None]
-        canvas[top:bottom, left:right] += cover * (np.array(COLORS[item[0]], np.float32) - canvas[top:bottom, left:right])
+        x, y = (k * CELL + CELL // 2 + rng.randint(-1, 1) for k in cell)
+        paint(canvas, cover, item[0], x, y)
 
     cells, free = place(prompt, scene, rng)
     for i, (item, cell) in enumerate(zip(scene.objects, cells)):
@@ -190,214 +291,309 @@ def render(prompt, scene):
         draw(item, cell)
     for item, cell in zip(scene.ghosts, free[len(scene.surplus):]):
         draw(item, cell, rng.uniform(.25, .45))
-    canvas *= .42 if scene.exposure == "too dark" else 1
-    canvas = canvas * .55 + 135 if scene.exposure == "washed out" else canvas
+    if scene.exposure == "too dark":
+        canvas *= .42
+    elif scene.exposure == "washed out":
+        canvas = canvas * .55 + 135
     if scene.blurry:
-        canvas = np.asarray(Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(2)), np.float32)
+        canvas = blur(canvas)
     if scene.noisy:
         canvas = canvas + noise.randn(SIZE, SIZE, 3) * rng.uniform(12, 40)
-    return Image.fromarray(canvas.clip(0, 255).round().astype(np.uint8))
+    return to_image(canvas)
 
 
-# ---------------------------------------------------------------- the teacher
+# ------------------------------------------------------------------------------------------------
+# the teacher
 
-WEIGHTS = {"A": 5, "D": 4, "B": 3, "C": 1.5}         # people's weights; a category counts by its sign
+WEIGHTS = {"A": 5, "D": 4, "B": 3, "C": 1.5}         # people's; a category counts by its sign
+MARKS = ["wrong", "partial", "correct"]              # of the levels 0, 1, 2
 
 
 def content(prompt):
-    """The sub-dimensions of category A for this prompt; each of two wanted objects is one, by its name."""
+    """The criteria of category A for this prompt; each of two wanted objects is one, by name."""
     if prompt["type"] in PAIR_TYPES:
         names = [" ".join(["the", *filter(None, wanted)]) for wanted in prompt["objects"]]
-        return names + ["Attribute binding"] * (prompt["type"] == "binding") + ["Object count"]
+        if prompt["type"] == "binding":
+            names.append("Attribute binding")
+        return [*names, "Object count"]
     names = ["Object shape", "Color accuracy"]
     return [*names, "Object count"] if prompt["type"] == "single" else ["Object count", *names]
 
 
 def rubric(prompt):
-    """The categories and sub-dimensions for this prompt: the three anchors, and a self-added D where it asks for a relation."""
+    """[(category, its criteria)] for this prompt: the three anchors, and a self-added D where it
+    asks for a relation."""
     spread = "Centering" if prompt["type"] == "single" else "Balance"
-    added = [("D. Spatial Relation", ["Relation accuracy", "Separation", "Completeness"])] * (prompt["type"] == "spatial")
-    return [("A. Semantic Alignment", content(prompt)), ("B. Image Quality", ["Clarity", "Exposure", "Artifacts"]),
-            ("C. Aesthetics", [spread, "Background", "Object scale"])] + added
+    categories = [("A. Semantic Alignment", content(prompt)),
+                  ("B. Image Quality", ["Clarity", "Exposure", "Artifacts"]),
+                  ("C. Aesthetics", [spread, "Background", "Object scale"])]
+    if prompt["type"] == "spatial":
+        criteria = ["Relation accuracy", "Separation", "Completeness"]
+        categories.append(("D. Spatial Relation", criteria))
+    return categories
+
+
+def count_level(num, wanted):
+    miss = abs(num - wanted)
+    if miss == 0:
+        return 2
+    return 1 if miss == 1 and num else 0
+
+
+def facts_of_pair(prompt, scene, blended):
+    """[(criterion, text, level)] of category A where two objects are wanted."""
+    wanted = prompt["objects"]
+    facts = []
+    for name, want, got in zip(content(prompt), wanted, scene.objects):
+        if got is None:
+            facts.append((name, "missing", 0))
+        elif got == blended:
+            facts.append((name, "unclear", 1))
+        else:
+            level = (want[0] in (None, got[0])) + (want[1] == got[1])
+            facts.append((name, " ".join(got), level))
+    kept = all(level == 2 for _, _, level in facts)
+    colors = [want[0] for want in wanted]
+    swapped = all(scene.objects) and [got[0] for got in scene.objects] == colors[::-1]
+    text = "kept" if kept else "swapped" if swapped else "broken"
+    return [*facts, ("Attribute binding", text, 2 if kept else 0)]
+
+
+def facts_of_kind(prompt, scene, blended):
+    """[(criterion, text, level)] of category A where objects of one kind are wanted."""
+    facts = []
+    for k, name in enumerate(["Color accuracy", "Object shape"]):
+        kinds = {o[k] for o in scene.visible()}
+        if not kinds:
+            text = "none"
+        elif blended:
+            text = "unclear"
+        else:
+            text = "mixed" if len(kinds) > 1 else kinds.pop()
+        facts.append((name, text, 2 if text == prompt["objects"][0][k] else 0))
+    return facts
 
 
 def facts(prompt, scene):
-    """{sub-dimension: (what is seen, level 0..2)} of one image."""
-    out, seen, mark = {}, scene.visible(), ["wrong", "partial", "correct"]
+    """{criterion: (what is seen, level 0..2)} of one image."""
+    num = len(scene.visible())
     blended = scene.objects[scene.blend[0]] if scene.blend else None
-    pair = scene.objects if prompt["type"] in PAIR_TYPES else []
-
-    def say(name, text, level):
-        out[name] = (f"{text}, {mark[level]}", level)
-
-    if pair:
-        levels = []
-        for name, want, got in zip(content(prompt), prompt["objects"], pair):
-            level = 0 if got is None else 1 if got == blended else (want[0] in (None, got[0])) + (want[1] == got[1])
-            say(name, "missing" if got is None else "unclear" if got == blended else " ".join(got), level)
-            levels.append(level)
-        swapped = all(pair) and [o[0] for o in pair] == [o[0] for o in prompt["objects"]][::-1]
-        say("Attribute binding", "kept" if levels == [2, 2] else "swapped" if swapped else "broken", 2 * (levels == [2, 2]))
-        wanted = 2
+    if prompt["type"] in PAIR_TYPES:
+        rows = facts_of_pair(prompt, scene, blended)
+        level = count_level(num, 2)
+        complete = all(scene.objects)
     else:
-        for k, name in enumerate(["Color accuracy", "Object shape"]):
-            kinds = {o[k] for o in seen}
-            text = "none" if not kinds else "unclear" if blended else "mixed" if len(kinds) > 1 else kinds.pop()
-            say(name, text, 2 * (text == prompt["objects"][0][k]))
-        wanted = prompt["count"]
-    miss = abs(len(seen) - wanted)
-    say("Object count", NUMBERS[len(seen)] if len(seen) <= 5 else "many", 2 if miss == 0 else 1 if miss == 1 and seen else 0)
-    out["Clarity"] = ("blurry", 0) if scene.blurry else ("noisy", 0) if scene.noisy else ("sharp", 2)
-    out["Exposure"] = (scene.exposure, 2 if scene.exposure == "balanced" else 0)
-    out["Artifacts"] = ("ghosts", 0) if scene.ghosts else ("blended", 0) if blended else ("none", 2)
-    out["Centering"] = out["Balance"] = ("off center", 0) if scene.off_center else ("centered", 2)
-    out["Object scale"] = ("too small", 0) if scene.small else ("good", 2)
-    if not any(scene.objects):
-        out["Centering"] = out["Balance"] = out["Object scale"] = ("empty", 0)
-    out["Background"] = (scene.background, 2 if scene.background == "plain" else 0)
-    whole = all(pair)
-    say("Relation accuracy", scene.relation if whole else "unclear", 2 * (whole and scene.relation == prompt["relation"]))
-    out["Separation"] = ("crowded", 0) if scene.crowded else ("clear gap", 2)
-    out["Completeness"] = ("both present", 2) if whole else ("one missing", 0)
-    if not whole:
-        out["Separation"] = ("unclear", 0)
+        rows = facts_of_kind(prompt, scene, blended)
+        level = count_level(num, prompt["count"])
+        complete = True
+    rows.append(("Object count", NUMBERS[num] if num <= 5 else "many", level))
+    related = complete and scene.relation == prompt["relation"]
+    text = scene.relation if complete else "unclear"
+    rows.append(("Relation accuracy", text, 2 if related else 0))
+    out = {name: (f"{text}, {MARKS[level]}", level) for name, text, level in rows}
+
+    def check(name, good, **faults):
+        """The first of the faults that is there, else what is good."""
+        text = next((text.replace("_", " ") for text, there in faults.items() if there), None)
+        out[name] = (text, 0) if text else (good, 2)
+
+    empty = not any(scene.objects)
+    check("Clarity", "sharp", blurry=scene.blurry, noisy=scene.noisy)
+    check("Exposure", scene.exposure, **{scene.exposure: scene.exposure != "balanced"})
+    check("Artifacts", "none", ghosts=scene.ghosts, blended=blended)
+    check("Centering", "centered", empty=empty, off_center=scene.off_center)
+    out["Balance"] = out["Centering"]
+    check("Object scale", "good", empty=empty, too_small=scene.small)
+    check("Background", "plain", **{scene.background: scene.background != "plain"})
+    check("Separation", "clear gap", unclear=not complete, crowded=scene.crowded)
+    check("Completeness", "both present", one_missing=not complete)
     return out
 
 
-def judge_pair(prompt, scene_1, scene_2, rng=None, facts=facts, rubric=rubric, medium=MEDIUM):
-    """(verdict as the contract's dict, label) of two scenes; label 1 or 2 is what people prefer, 0 when they are equal.
+def sign(x):
+    return (x > 0) - (x < 0)
 
-    People weigh the categories (WEIGHTS). The teacher writes the same trace, but is imperfect in one way, as real teachers are:
-    where quality and aesthetics both speak against the semantically better image, it lets looks decide in 70 % of the cases
-    (only with an rng: without one it agrees with people). Its category verdicts stay right, so the fault is in the last step of
-    the reasoning, and traces sampled from its student hold both answers: what DPO on people's labels can mend.
+
+def judge_category(name, criteria, facts_1, facts_2, medium):
+    """(the category as the verdict holds it, 1, -1 or 0: for the first image, the second, even)."""
+    rows = []
+    total = 0
+    for criterion in criteria:
+        lead = facts_1[criterion][1] - facts_2[criterion][1]
+        total += lead
+        rows.append({"name": criterion, "reason_1": facts_1[criterion][0],
+                     "reason_2": facts_2[criterion][0],
+                     "score_1": 5 + 2 * lead, "score_2": 5 - 2 * lead})
+    side = sign(total)
+    winner = winner_name(side, medium)
+    reason = "Both are even"
+    if side:
+        best = max(rows, key=lambda row: (row["score_1"] - 5) * side)
+        reason = f"{winner} leads on {best['name']}"
+    return {"name": name, "dims": rows, "cat_reason": reason, "cat_winner": winner}, side
+
+
+def winner_name(side, medium):
+    return {1: f"{medium} 1", -1: f"{medium} 2", 0: "Tie"}[side]
+
+
+def judge_pair(prompt, scene_1, scene_2, rng=None, facts=facts, rubric=rubric, medium=MEDIUM):
+    """(verdict as the contract's dict, label) of two scenes; label 1 or 2 is what people prefer, 0
+    when they are equal.
+
+    People weigh the categories (WEIGHTS). The teacher writes the same trace, but is imperfect in
+    one way, as real teachers are: where quality and aesthetics both speak against the semantically
+    better image, it prefers the prettier one in 70 % of the cases (only with an rng: without one it
+    agrees with people). Its category verdicts stay right, so the fault is in the last step of the
+    reasoning, and traces sampled from its student hold both answers: what DPO on people's labels
+    can mend.
     """
-    facts_1, facts_2, signs, categories = facts(prompt, scene_1), facts(prompt, scene_2), {}, []
-    names = {1: f"{medium} 1", 2: f"{medium} 2", 0: "Tie"}
-    for category, dims in rubric(prompt):
-        rows = [dict(name=d, reason_1=facts_1[d][0], reason_2=facts_2[d][0], score_1=5 + 2 * (facts_1[d][1] - facts_2[d][1]),
-                     score_2=5 - 2 * (facts_1[d][1] - facts_2[d][1])) for d in dims]
-        total = sum(r["score_1"] - 5 for r in rows)
-        signs[category[0]] = winner = 1 if total > 0 else 2 if total < 0 else 0
-        best = max(rows, key=lambda r: (r["score_1"] - 5) * (1 if winner == 1 else -1))
-        reason = f"{names[winner]} leads on {best['name']}" if winner else "Both are even"
-        categories.append(dict(name=category, dims=rows, cat_reason=reason, cat_winner=names[winner]))
-    vote = sum(WEIGHTS[k] * {1: 1, 2: -1, 0: 0}[w] for k, w in signs.items())
-    label = winner = 1 if vote > 0 else 2 if vote < 0 else 0
-    reason = ", ".join(f"{k} {w or 'even'}" for k, w in signs.items())
-    if label and 3 - label in signs.values():
-        dazzled = signs["A"] == label and signs["B"] == signs["C"] == 3 - label and rng is not None and rng.random() < .7
-        winner = 3 - label if dazzled else label
-        reason += ": looks decide" if dazzled or signs["A"] != label else ": content decides"
-    return dict(categories=categories, reason=reason, winner=names[winner]), label
+    facts_1 = facts(prompt, scene_1)
+    facts_2 = facts(prompt, scene_2)
+    categories = []
+    sides = {}
+    for name, criteria in rubric(prompt):
+        category, sides[name[0]] = judge_category(name, criteria, facts_1, facts_2, medium)
+        categories.append(category)
+    people = sign(sum(WEIGHTS[letter] * side for letter, side in sides.items()))
+    numbers = {1: 1, -1: 2, 0: "even"}
+    reason = ", ".join(f"{letter} {numbers[side]}" for letter, side in sides.items())
+    winner = people
+    if people and -people in sides.values():
+        looks_against = sides["A"] == people and sides["B"] == sides["C"] == -people
+        if looks_against and rng is not None and rng.random() < .7:
+            winner = -people
+        content_decides = winner == people and sides["A"] == people
+        reason += ": content decides" if content_decides else ": looks decide"
+    verdict = {"categories": categories, "reason": reason, "winner": winner_name(winner, medium)}
+    return verdict, {1: 1, -1: 2, 0: 0}[people]
+
+
+def verdict_text(verdict):
+    return json.dumps(verdict, separators=(",", ":"))
 
 
 SCORE_INSTRUCTION = "Rate the image for: {prompt}"    # a tiny judge's score template
 
 
 def score_image(prompt, scene):
-    """The teacher's rating of one image as text: 1 to 5 for each anchor, from the levels of its sub-dimensions, and overall by people's weights."""
-    seen, scores = facts(prompt, scene), {}
-    for category, dims in rubric(prompt):
-        scores[category[0]] = 1 + 2 * sum(seen[name][1] for name in dims) / len(dims)
-    final = sum(WEIGHTS[k] * score for k, score in scores.items()) / sum(WEIGHTS[k] for k in scores)
-    lines = [f"{name} Score (1-5): {scores[k]:.0f}" for name, k in (("Alignment", "A"), ("Coherence", "B"), ("Style", "C"))]
-    return "\n".join([*lines, f"Final Score: {final:.1f}"])
+    """The teacher's rating of one image as text: 1 to 5 for each anchor, from the levels of its
+    criteria, and overall by people's weights."""
+    levels = facts(prompt, scene)
+    scores = {}
+    for category, criteria in rubric(prompt):
+        mean = sum(levels[name][1] for name in criteria) / len(criteria)
+        scores[category[0]] = 1 + 2 * mean
+    total = sum(WEIGHTS[k] * score for k, score in scores.items())
+    final = total / sum(WEIGHTS[k] for k in scores)
+    return (f"Alignment Score (1-5): {scores['A']:.0f}\nCoherence Score (1-5): {scores['B']:.0f}\n"
+            f"Style Score (1-5): {scores['C']:.0f}\nFinal Score: {final:.1f}")
 
 
 def ask_about(scene, rng):
     """(question, answer) about the shapes that are to be seen."""
-    seen, color = scene.visible(), rng.choice(list(COLORS))
-    shape = rng.choice([shape for _, shape in seen] if seen and rng.random() < .8 else SHAPES)
-    colors, form = [c for c, s in seen if s == shape], rng.choice(["count", "color", "presence"])
+    visible = scene.visible()
+    color = rng.choice(list(COLORS))
+    choices = SHAPES
+    if visible and rng.random() < .8:
+        choices = [shape for _, shape in visible]
+    shape = rng.choice(choices)
+    colors = [c for c, s in visible if s == shape]
+    form = rng.choice(["count", "color", "presence"])
     if form == "color" and len(colors) == 1:
         return f"What color is the {shape}?", colors[0]
     if form == "presence":
-        color = rng.choice(colors) if colors and rng.random() < .5 else color
+        if colors and rng.random() < .5:
+            color = rng.choice(colors)
         return f"Is there a {color} {shape}?", "yes" if color in colors else "no"
     return f"How many {shape}s are there?", NUMBERS[len(colors)] if len(colors) < 6 else "many"
 
 
-class Records:
-    """Toy records of data.py's kinds, made when asked for: record i of a split is a function of (split, kind, seed, i).
+# ------------------------------------------------------------------------------------------------
+# records
 
-    split  train: prompts that are trained on; val, test: held-out prompts; scenes: trained prompts in scenes of their own
-    kind   trace: the imperfect teacher's verdict as "response"; pair: people's label alone, to train on often a hard one;
-           image: a captioned picture for the base generator, 30 % of them faulty, 5 % of poor looks; prompt: only the prompt;
-           score, question: traces of one image and an "instruction", to be rated or answered in a word
+class Records:
+    """Toy records of data.py's kinds, media as PIL images, made when asked for: record i is a
+    function of (split, kind, seed, i).
+
+    split  train: prompts that are trained on; val, test: held-out prompts; scenes: trained prompts
+           in scenes of their own
+    kind   trace: the imperfect teacher's verdict as "response"; pair: people's label alone, to
+           train on often a hard one; image: a captioned picture for the base generator, 30 % of
+           them faulty, 5 % of poor looks; prompt: only the prompt; score, question: traces of one
+           image and an "instruction", to be rated or answered in a word
     """
 
     def __init__(self, split, kind, num, seed=0):
-        self.split, self.kind, self.num, self.seed = split, kind, num, seed
-        self.world = sys.modules[type(self).__module__]                         # whose prompts, scenes and teacher they are
-        kinds = ["trace", "pair", "image", "prompt"] + ["score", "question"] * (self.world.FRAMES == 1)
+        self.split = split
+        self.kind = kind
+        self.num = num
+        self.seed = seed
+        self.world = sys.modules[type(self).__module__]    # whose prompts, scenes and teacher
+        kinds = ["trace", "pair", "image", "prompt"]
+        if self.world.FRAMES == 1:
+            kinds += ["score", "question"]
         if kind not in kinds:
-            raise ValueError(f"this toy world has no {kind} records; expected one of {', '.join(kinds)}")
+            raise ValueError(f"this toy world has no {kind} records; "
+                             f"expected one of {', '.join(kinds)}")
 
     def __len__(self):
         return self.num
 
-    def scenes(self, i):
-        """(prompt, both scenes, verdict, people's label) of pair or trace i; the verdict of a trace is the imperfect teacher's."""
-        rng, prompt = self.draw(i)
-        hard = rng.random() < (.3 if self.kind == "pair" and self.split == "train" else .05)
-        ties = self.kind == "trace" and rng.random() < .1
-        while True:                                  # a share of hard pairs: content against looks; ties only to train on
-            scenes = [self.world.sample_scene(prompt, rng), self.world.sample_scene(prompt, rng)]
-            verdict, label = self.world.judge_pair(prompt, *scenes, rng if self.kind == "trace" else None)
-            signs = [c["cat_winner"] for c in verdict["categories"]]
-            if (label or ties) and (not hard or signs[1] == signs[2] != "Tie" != signs[0] != signs[1]):
-                return prompt, scenes, verdict, label
-
     def draw(self, i):
+        """(random generator, prompt) of record i."""
         if not 0 <= i < self.num:
             raise IndexError(i)
         rng = random.Random(f"{self.split} {self.kind} {self.seed} {i}")
-        kinds = self.world.KINDS + self.world.HARD_KINDS * (self.kind == "trace")                   # the harder types more often where judges learn
+        kinds = self.world.KINDS
+        if self.kind == "trace":                     # the harder types more often to learn from
+            kinds = kinds + self.world.HARD_KINDS
         return rng, self.world.sample_prompt(rng, self.split in ("val", "test"), kinds)
 
-    def __getitem__(self, i):
+    def scenes(self, i):
+        """(prompt, both scenes, verdict, people's label) of pair or trace i; the verdict of a trace
+        is the imperfect teacher's."""
         rng, prompt = self.draw(i)
-        world, media = self.world, f"{self.world.MEDIUM.lower()}s"
-        record = dict(prompt=prompt["text"], type=prompt["type"], toy_prompt=prompt)
-        if self.kind == "prompt":
-            return record
+        share = .3 if self.kind == "pair" and self.split == "train" else .05
+        hard = rng.random() < share                  # content speaks against looks
+        ties = self.kind == "trace" and rng.random() < .1
+        teacher_rng = rng if self.kind == "trace" else None
+        while True:
+            scenes = [self.world.sample_scene(prompt, rng), self.world.sample_scene(prompt, rng)]
+            verdict, label = self.world.judge_pair(prompt, *scenes, teacher_rng)
+            a, b, c = [category["cat_winner"] for category in verdict["categories"][:3]]
+            if hard and not (b == c and "Tie" not in (a, b) and a != b):
+                continue
+            if label or ties:
+                return prompt, scenes, verdict, label
+
+    def __getitem__(self, i):
+        if self.kind in ("pair", "trace"):
+            return self.compared(i)
+        rng, prompt = self.draw(i)
+        record = {"prompt": prompt["text"], "type": prompt["type"]}
         if self.kind == "image":
-            record[media] = [world.render(prompt, world.sample_scene(prompt, rng, int(rng.random() < .3), defects=rng.random() < .05))]
-            return record
-        if self.kind in ("score", "question"):
+            num_faults = int(rng.random() < .3)
+            defects = rng.random() < .05
+            scene = self.world.sample_scene(prompt, rng, num_faults, defects)
+            record[f"{self.world.MEDIUM.lower()}s"] = [self.world.render(prompt, scene)]
+        elif self.kind in ("score", "question"):
             scene = sample_scene(prompt, rng, defects=self.kind == "score")
-            asked = (SCORE_INSTRUCTION.replace("{prompt}", prompt["text"]), score_image(prompt, scene)) if self.kind == "score" else ask_about(scene, rng)
-            return dict(type=self.kind, images=[render(prompt, scene)], **dict(zip(("instruction", "response"), asked)))
-        prompt, scenes, verdict, label = self.scenes(i)
-        record["toy"] = dict(world=world.__name__, split=self.split, kind=self.kind, seed=self.seed, index=i, swapped=False)          # what the teacher sees it by
-        record[media] = [world.render(prompt, s) for s in scenes]
-        record["winner"] = f"{world.MEDIUM} {label}" if label else "Tie"
-        if self.kind == "trace":
-            record["response"] = json.dumps(verdict, separators=(",", ":"))
+            record = {"type": self.kind, "images": [render(prompt, scene)]}
+            if self.kind == "score":
+                record["instruction"] = SCORE_INSTRUCTION.replace("{prompt}", prompt["text"])
+                record["response"] = score_image(prompt, scene)
+            else:
+                record["instruction"], record["response"] = ask_about(scene, rng)
         return record
 
-
-def teacher(records, temperature=0.0):
-    """The imperfect teacher's verdicts on pair records, as texts: a judge that takes records, whose scenes it makes anew from "toy". It is
-    dazzled by looks or not at the toss of a coin: one coin for each pair at temperature 0, else torch's. ValueError: a record that is not toy."""
-    texts = []
-    for record in records:
-        if "toy" not in record:
-            raise ValueError(f"{record.get('where', 'a record')}: no 'toy' in it. The toy teacher knows the pairs of `data.py toy FILE --kind pair` alone.")
-        toy = dict(record["toy"])
-        world, swapped, i = importlib.import_module(toy.pop("world")), toy.pop("swapped"), toy.pop("index")
-        prompt, scenes, _, _ = world.Records(num=i + 1, **toy).scenes(i)
-        coin = random.Random(f"{toy} {i} {torch.randint(2 ** 31, ()).item() if temperature else 'first'}")
-        texts.append(json.dumps(world.judge_pair(prompt, *(scenes[::-1] if swapped else scenes), coin)[0], separators=(",", ":")))
-    return texts
-
-
-# ---------------------------------------------------------------- what the oracle says of samples
-
-def truth(records, media):
-    """What the oracle measures on samples of prompt records, lists of one frame: the share of true ones, by type too, and picture_stats."""
-    images = [frame for frame, in media]
-    true = [success(r["toy_prompt"], image) for r, image in zip(records, images)]
-    by_type = {kind: [ok for ok, r in zip(true, records) if r["type"] == kind] for kind in KINDS}
-    return {"true": sum(true) / len(true), **{f"true_{k}": sum(v) / len(v) for k, v in by_type.items() if v}, **picture_stats(images)}
+    def compared(self, i):
+        """Record i of a pair or a trace."""
+        prompt, scenes, verdict, label = self.scenes(i)
+        medium = self.world.MEDIUM
+        record = {"prompt": prompt["text"], "type": prompt["type"]}
+        record[f"{medium.lower()}s"] = [self.world.render(prompt, scene) for scene in scenes]
+        record["winner"] = f"{medium} {label}" if label else "Tie"
+        if self.kind == "trace":
+            record["response"] = verdict_text(verdict)
+        return record
