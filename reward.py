@@ -930,13 +930,16 @@ def clip_reward(path):
 
 def reward_values(reward, media, prompts):
     """(B,) values of a Reward; ValueError when its function returns something else."""
-    values = reward.function(media, prompts)
+    return check_values(reward.name, reward.function(media, prompts), len(media))
+
+
+def check_values(name, values, num):
     try:
         tensor = torch.as_tensor(values, dtype=torch.float32).cpu()
     except (TypeError, ValueError, RuntimeError):
         tensor = torch.zeros(0)
-    if tensor.shape != (len(media),) or tensor.isinf().any():
-        raise ValueError(f"reward {reward.name} returned {str(values)[:500]} for {len(media)} "
+    if tensor.shape != (num,) or tensor.isinf().any():
+        raise ValueError(f"reward {name} returned {str(values)[:500]} for {num} "
                          "items; expected one finite number (or NaN) for each")
     return tensor
 
@@ -949,7 +952,7 @@ def measure(watch, media, prompts):
         values = reward.function(media, prompts)
         columns = values if isinstance(values, dict) else {reward.name: values}
         for name, column in columns.items():
-            means[name] = torch.tensor(column, dtype=torch.float32).nanmean().item()
+            means[name] = check_values(name, column, len(media)).nanmean().item()
     return means
 
 

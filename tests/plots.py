@@ -1,10 +1,14 @@
 """Pictures of curves with PIL alone: of a run's log, and of the arms of a benchmark.
 
     python tests/plots.py out/judge-sft/log.jsonl        writes out/judge-sft/curves.png
+    python tests/plots.py out/grpo/before_after.html     writes out/grpo/before_after.png
 """
 import argparse
+import base64
+import io
 import json
 import math
+import re
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -174,13 +178,31 @@ def draw_curves(log, width=360, height=230, columns=4):
     return path
 
 
+def draw_pairs(page, columns=8, size=96, gap=4):
+    """A picture of a stage's before_after.html: in turn a row of samples before and, under it, a row of the same prompts after."""
+    sources = re.findall('data:image/png;base64,([^"]+)', Path(page).read_text())
+    if not sources or len(sources) % 2:
+        raise ValueError(f"{page}: {len(sources)} images; expected pairs of them, before and after")
+    images = [Image.open(io.BytesIO(base64.b64decode(source))).convert("RGB") for source in sources]
+    step = size + gap
+    rows = math.ceil(len(images) / 2 / columns)
+    sheet = Image.new("RGB", (columns * step, rows * (2 * step + 2 * gap)), "white")
+    for i, image in enumerate(images):
+        column, row = i // 2 % columns, i // 2 // columns
+        place = (column * step, row * (2 * step + 2 * gap) + i % 2 * step)
+        sheet.paste(image.resize((size, size), Image.NEAREST), place)
+    path = Path(page).with_suffix(".png")
+    sheet.save(path)
+    return path
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", nargs="+", help="log.jsonl of runs")
-    for log in parser.parse_args(argv).logs:
+    parser.add_argument("files", nargs="+", help="log.jsonl or before_after.html of runs")
+    for file in parser.parse_args(argv).files:
         try:
-            print(draw_curves(log))
+            print(draw_pairs(file) if file.endswith(".html") else draw_curves(file))
         except (OSError, ValueError) as error:
             raise SystemExit(f"plots.py: {error}") from error
 

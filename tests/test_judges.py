@@ -316,6 +316,9 @@ def test_measures_of_a_watch_are_means_without_missing_values(tmp_path):
     assert measure(f"{path}:two,{path}:one", media, prompts) == {"long": 2, "odd": .5, f"{path}:one": 3} and measure("none", media, prompts) == {}
     with pytest.raises(ValueError, match="unknown"):
         measure("nowhere.py:f", media, prompts)
+    path.write_text("def short(media, prompts):\n    return {'few': [1.0]}\n")
+    with pytest.raises(ValueError, match=r"reward few returned \[1.0\] for"):
+        measure(f"{path}:short", media, prompts)
 
 
 def test_clip_score_is_the_cosine_of_clips_embeddings(tmp_path):
