@@ -356,7 +356,8 @@ def test_an_error_of_the_reward_ends_the_run(generator_folder, files, tmp_path):
 def test_ctrl_c_does_not_wait_for_the_judge(generator_folder, files, tmp_path):
     words = options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:hangs")
     process = subprocess.Popen([sys.executable, "grpo.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a shell's & has it ignored
     for line in process.stdout:
         if line.startswith("hanging"):
             break

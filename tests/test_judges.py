@@ -182,7 +182,8 @@ def test_ctrl_c_does_not_wait_for_a_server_that_hangs():
     script = ("from PIL import Image; from reward import Comparison, ServerJudge; import sys; image = Image.new('RGB', (8, 8)); print('asking', flush=True); "
               "ServerJudge([sys.argv[1]], model='toy', timeout=60)([Comparison('a', [image], [image])] * 50)")
     with server(lambda handler, text, n: time.sleep(20)) as (url, seen):
-        process = subprocess.Popen([sys.executable, "-c", script, url], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-c", script, url], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))         # a shell's & has it ignored
         try:
             assert process.stdout.readline() == b"asking\n"
             while len(seen) < 32:                                               # all threads wait
