@@ -190,6 +190,16 @@ def test_adapters_go_on_the_linear_layers_of_the_language_models_blocks(judge_fo
     assert f"LoRA on 14 of {len(linear)} linear layers" in capsys.readouterr().out
 
 
+def test_adapters_go_on_all_linear_layers_of_a_generators_blocks_but_norms(generator_folder):
+    policy = sft.denoisers(sft.load_pipeline(generator_folder, torch.device("cpu")))
+    linear = {n for n, m in policy.named_modules() if isinstance(m, torch.nn.Linear)}
+    add_lora(policy, 2, 2)
+    names = set(sft.lora_layers(policy))
+    blocks = {n for n in linear if "transformer_blocks." in n}                  # double and single
+    assert names == {n for n in blocks if ".norm" not in n} and len(names) == 34 and len(blocks) == 40
+    assert {"transformer.single_transformer_blocks.1.proj_mlp", "transformer.transformer_blocks.0.attn.add_q_proj"} <= names
+
+
 def test_targets_choose_what_trains_and_are_refused_where_they_match_nothing(judge_folder):
     def prepared(*options):
         model = AutoModelForImageTextToText.from_pretrained(judge_folder)
