@@ -1,9 +1,8 @@
-"""Records in, batches out, and the builders of training data that ask judges.
+"""Records in, batches out; a diffusers pipeline as a policy; a teacher's traces.
 
-    python data.py check FILE                                             names the first bad line
-    python data.py distill PAIRS --teacher URL --out traces.jsonl         for sft.py
-    python data.py rank PAIRS --model JUDGE --out preferences.jsonl       for dpo.py
-    python data.py sift QUESTIONS --model VLM --out preferences.jsonl     for dpo.py
+    python data.py check FILE                                         names the first bad line
+    python data.py eval PAIRS --model JUDGE                           a judge's accuracy
+    python data.py distill PAIRS --model TEACHER --out traces.jsonl   traces for sft.py
 
 A file holds one JSON object a line. Paths in it are relative to the file.
     pair         {"prompt", "images": [first, second], "winner": "Image 1" | "Image 2" | "Tie"}
@@ -11,36 +10,28 @@ A file holds one JSON object a line. Paths in it are relative to the file.
     preference   {"prompt", "images", "chosen", "rejected"}   two verdicts on the same pair
     question     {"instruction" or "question", "images"}      for a vision-language model to answer
     image        {"prompt", "images": [one]}                  a captioned image for a base generator
-    prompt       {"prompt"} for generators, "source": an image to edit or animate; a .txt file with
-                 a prompt a line, or a .csv file with a column "prompt", as well
+    prompt       {"prompt"} for generators, "source": an image to edit or animate; or a .txt file
+                 with a prompt a line
 Videos: "videos" for "images" and "Video 1" for "Image 1"; an mp4, a GIF or a folder of frames. A
-trace or preference with "instruction" in place of "prompt" is of any other task. The records of
-ShareGPT, TRL and Diffusion-DPO are read as they are. Shapes: B records, T tokens, N candidates.
+trace or preference with "instruction" in place of "prompt" is of any other task. ShareGPT's and
+TRL's records are read as they are. Shapes: B records, T tokens, S steps.
 """
-import argparse
-import csv
-import hashlib
-import inspect
-import json
-import math
-import os
-import random
-import re
-import shutil
+import argparse, copy, functools, hashlib, inspect, json, math, os, pickle, random, re, shutil
 from collections import Counter
-from functools import partial
-from itertools import permutations
 from pathlib import Path
 
+import diffusers
 import torch
+import torch.distributed as dist
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from einops import rearrange
 from PIL import Image
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.utils import logging
-
 from reward import (Candidate, Comparison, Failure, ServerJudge, build_messages, chat_text,
-                    find_medium, latest_judge, load_judge, load_media, parse_verdict, win_rates)
+                    load_judge, load_media, parse_verdict)
 
 KINDS = {  # the fields of a kind beside prompt and media; a record is of the first kind that fits
     "preference": ["chosen", "rejected"], "trace": ["response"], "pair": ["winner"],
@@ -49,21 +40,16 @@ WINNERS = {"Image 1": 1, "Image 2": 2, "Video 1": 1, "Video 2": 2, "Tie": 0}
 PLACE = re.compile("<image>|<video>")   # of a medium in an instruction of another project
 CHUNK = 128                             # records that are judged at a time, their media in memory
 
-
-# ------------------------------------------------------------------------------------------------
-# records
-
+# ---------- records
 def medium_of(record):
     """The name of the field that holds its media."""
     return "videos" if "videos" in record else "images"
-
 
 def kind_of(record):
     """The kind of a record in our own form."""
     for kind, fields in KINDS.items():
         if record.keys() >= set(fields) and (kind != "image" or medium_of(record) in record):
             return kind
-
 
 def check_record(record, kind=None, folder=Path()):
     """The record in our own form, its media as paths in `folder`. kind None: whatever kind it is.
@@ -85,14 +71,17 @@ def check_record(record, kind=None, folder=Path()):
                          "Expected 'Image 1', 'Image 2' or 'Tie'.")
     if kind == "preference" and record["chosen"] == record["rejected"]:
         raise ValueError("'chosen' equals 'rejected'. Drop the line: it prefers nothing.")
+    name = medium_of(record)
     if kind != "prompt":
         check_media(record, kind, task)
-        name = medium_of(record)
-        record[name] = [find_medium(str(item), folder) for item in record[name]]
+        record[name] = [folder / str(item) for item in record[name]]
     if "source" in record:
-        record["source"] = find_medium(record["source"], folder)
+        record["source"] = folder / str(record["source"])
+    for path in [*(record[name] if kind != "prompt" else []), record.get("source", folder)]:
+        if not path.exists():
+            raise ValueError(f"{path} does not exist. Paths are relative to the JSONL file; "
+                             "download what is a URL.")
     return record
-
 
 def check_media(record, kind, task):
     """Removes "<image>" before an instruction's text. ValueError: a number of media that does not
@@ -109,26 +98,20 @@ def check_media(record, kind, task):
             raise ValueError(f"{places} of <image> and <video> in the text, but {num} media. Each "
                              "stands before the text, or none does.")
 
-
 def read_records(path, kind=None):
-    """All records of a .jsonl, .txt or .csv file, checked; kind None: each as the kind it is.
-    "where" in a record is its file and line. ValueError names the first bad line."""
+    """All records of a .jsonl or .txt file, checked; kind None: each as the kind it is. "where" in
+    a record is its file and line. ValueError names the first bad line."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist. Expected a file of {kind or ''} records; "
                          "`python tests/toy.py` writes those in out/toy.")
-    is_table = path.suffix == ".csv"
-    with open(path, encoding="utf-8", newline="" if is_table else None) as file:
-        lines = list(csv.DictReader(file)) if is_table else file.read().split("\n")
     records = []
-    for number, line in enumerate(lines, 2 if is_table else 1):
-        if not is_table and not line.strip():
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            if path.suffix == ".txt":
-                line = {"prompt": line}
-            record = line if isinstance(line, dict) else json.loads(line)
+            record = {"prompt": line} if path.suffix == ".txt" else json.loads(line)
             records.append({**check_record(record, kind, path.parent.absolute()), "where": where})
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not JSON ({error}). A line holds one object.") from None
@@ -138,23 +121,21 @@ def read_records(path, kind=None):
         raise ValueError(f"{path}: no {kind or 'good'} records in it.")
     return records
 
-
 def save_medium(item, folder, name):
     """The medium as a record in `folder` names it. An image in memory is saved as the PNG `name`, a
     list of frames as a folder of PNGs."""
+    if not isinstance(item, (Image.Image, list)):
+        return item
     target = folder / name
     if isinstance(item, Image.Image):
         target.parent.mkdir(parents=True, exist_ok=True)
         item.save(f"{target}.png")
         return f"{name}.png"
-    if isinstance(item, list):
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        for i, frame in enumerate(item):
-            frame.save(target / f"{i:04d}.png")
-        return name
-    return item
-
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for i, frame in enumerate(item):
+        frame.save(target / f"{i:04d}.png")
+    return name
 
 def write_jsonl(path, records):
     """Write records as JSONL atomically, their media in memory to images/ or videos/ beside it."""
@@ -171,19 +152,17 @@ def write_jsonl(path, records):
             file.write(json.dumps(row, default=str) + "\n")
     os.replace(temporary, path)
 
-
 def open_media(record):
     """The media of a record, in memory: lists of PIL images."""
     return [load_media(item) for item in record[medium_of(record)]]
 
-
-def comparison(record, swap=False):
-    """The record as a question to a judge; `swap` shows the second medium first."""
-    first, second = open_media(record)
-    if swap:
-        return Comparison(record.get("prompt", ""), second, first)
-    return Comparison(record.get("prompt", ""), first, second)
-
+def as_question(record, swap=False):
+    """The record as a question to a judge: which of two media is better (`swap` shows the second
+    one first), or its instruction as it is."""
+    media = open_media(record)
+    if "instruction" in record:
+        return Candidate(record["instruction"], sum(media, []))
+    return Comparison(record["prompt"], *(media[::-1] if swap else media))
 
 def swap_at_random(record, rng):
     """The pair with its media in a random order, the label moved along."""
@@ -193,10 +172,7 @@ def swap_at_random(record, rng):
     winner = record["winner"].translate(str.maketrans("12", "21"))
     return {**record, name: record[name][::-1], "winner": winner}
 
-
-# ------------------------------------------------------------------------------------------------
-# records of other projects
-
+# ---------- records of other projects
 def normalize_record(record):
     """The record in our own form, whichever of the known ones it has."""
     record = dict(record)
@@ -208,22 +184,10 @@ def normalize_record(record):
     name = medium_of(record)
     if isinstance(record.get(name), str):
         record[name] = [record[name]]
-    if "jpg_0" in record:
-        return from_diffusion_dpo(record)
     is_chat = isinstance(record.get("prompt", record.get("chosen")), list)
     if is_chat or "conversations" in record or "messages" in record:
         return from_chat(record)
     return record
-
-
-def from_diffusion_dpo(record):
-    """A pair of {"caption", "jpg_0", "jpg_1", "label_0"}."""
-    images = [record.pop("jpg_0"), record.pop("jpg_1")]
-    label = record.pop("label_0", None)
-    if label not in (0, 0.5, 1):
-        raise ValueError(f"'label_0' is {label!r}. Expected 1, where jpg_0 is preferred, 0 or 0.5.")
-    return {**record, "images": images, "winner": {1: "Image 1", 0: "Image 2", 0.5: "Tie"}[label]}
-
 
 def read_turn(turn):
     """(role, text) of TRL's {"role", "content"} or ShareGPT's {"from", "value"}."""
@@ -232,7 +196,6 @@ def read_turn(turn):
     if isinstance(content, list):
         content = "".join(part.get("text", "<image>") for part in content)
     return {"human": "user", "gpt": "assistant"}.get(role, role), content
-
 
 def from_chat(record):
     """A trace, preference or question of ShareGPT's "conversations" (LLaMA-Factory), of TRL's
@@ -256,10 +219,7 @@ def from_chat(record):
                          "one assistant's, a system's before at most.")
     return {**record, "instruction": "\n\n".join(text for _, text in turns)}
 
-
-# ------------------------------------------------------------------------------------------------
-# batches
-
+# ---------- batches
 def batch_indices(num_records, batch_size, step, seed):
     """The `batch_size` record indices of global step `step`: a new order each epoch, a function of
     (seed, epoch) alone, so that a resumed run needs no state."""
@@ -271,16 +231,6 @@ def batch_indices(num_records, batch_size, step, seed):
         indices += order[start:start + batch_size - len(indices)]
     return indices
 
-
-def record_messages(record, template=None):
-    """(messages, images) of a record's task, as of reward.build_messages: a comparison under its
-    prompt, or its media and then its instruction as it is."""
-    if "instruction" in record:
-        question = Candidate(record["instruction"], sum(open_media(record), []))
-        return build_messages(question, "{prompt}")
-    return build_messages(comparison(record), template)
-
-
 def encode(processor, records, responses, template=None, max_tokens=8192):
     """A right-padded batch on the CPU: input_ids, attention_mask and labels, each (B, T), and what
     the processor makes of the images. Labels are the response and the end-of-turn token, -100
@@ -291,7 +241,8 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
     texts = []
     images = []
     for record, response in zip(records, responses, strict=True):
-        messages, media = record_messages(record, template)
+        template_of_record = "{prompt}" if "instruction" in record else template
+        messages, media = build_messages(as_question(record), template_of_record)
         texts.append(chat_text(processor, messages))
         images.append(media)
         where = record.get("where", "a record")
@@ -307,13 +258,12 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
     for i, (record, response) in enumerate(zip(records, responses)):
         prompt = batch["input_ids"][i][batch["attention_mask"][i].bool()]
         target = tokenizer(response + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-        target = torch.tensor(target)
         if len(prompt) + len(target) > max_tokens:
             raise ValueError(f"{record.get('where', 'a record')}: {len(prompt)} + {len(target)} "
                              f"tokens, more than the {max_tokens} of the model. Use smaller images "
                              "or a shorter response: nothing is truncated.")
-        input_ids.append(torch.cat([prompt, target]))
-        labels.append(torch.cat([torch.full_like(prompt, -100), target]))
+        input_ids.append(torch.cat([prompt, torch.tensor(target)]))
+        labels.append(torch.cat([torch.full_like(prompt, -100), torch.tensor(target)]))
     mask = [torch.ones_like(row) for row in input_ids]
     batch["input_ids"] = pad_sequence(input_ids, True, tokenizer.pad_token_id)
     batch["attention_mask"] = pad_sequence(mask, True, 0)
@@ -324,10 +274,7 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
         batch["mm_token_type_ids"] = types
     return batch
 
-
-# ------------------------------------------------------------------------------------------------
-# media of a generator: pipe is a diffusers pipeline, call the arguments of its call
-
+# ---------- media of a generator: pipe is a diffusers pipeline, call the arguments of its call
 def num_frames_of(pipe, call):
     """How many frames a call of the pipeline makes; 1 where it makes images."""
     option = inspect.signature(type(pipe).__call__).parameters.get("num_frames")
@@ -335,10 +282,8 @@ def num_frames_of(pipe, call):
         return 1
     num_frames = call.get("num_frames", option.default)
     factor = getattr(pipe, "vae_scale_factor_temporal", None)
-    if factor and num_frames % factor != 1:
-        num_frames = num_frames // factor * factor + 1                          # as Wan rounds it
-    return num_frames
-
+    is_whole = not factor or num_frames % factor == 1
+    return num_frames if is_whole else num_frames // factor * factor + 1        # as Wan rounds it
 
 def source_images(records):
     """{"image": ...} for the pipeline's call where prompt records carry a source image to edit or
@@ -350,31 +295,23 @@ def source_images(records):
         return {"image": load_media(sources[0])[0]}
     return {"image": [load_media(source)[0] for source in sources]}
 
-
-def load_frames(record, item, num_frames, name):
-    """The frames of one of the record's media, for the pipeline `name` that makes `num_frames`.
-    ValueError where it has more or fewer."""
-    frames = load_media(item, num_frames + 1)
-    if len(frames) != num_frames:
-        count = "more" if len(frames) > num_frames else len(frames)
-        raise ValueError(f"{record.get('where', 'a record')}: {item} has {count} frames, {name} "
-                         f"makes {num_frames}. Cut it, or pass --pipe-args num_frames=... to a "
-                         "video pipeline")
-    return frames
-
-
 def encode_records(pipe, records, call):
-    """(N, ...) clean latents on the CPU of the one image or video of every record."""
+    """(N, ...) clean latents on the CPU of the one image or video of every record. ValueError: a
+    video has more or fewer frames than the pipeline makes."""
     num_frames = num_frames_of(pipe, call)
     latents = []
     for start in range(0, len(records), 64):
         media = []
         for record in records[start:start + 64]:
             item = record[medium_of(record)][0]
-            media.append(load_frames(record, item, num_frames, type(pipe).__name__))
+            frames = load_media(item, num_frames + 1)
+            if len(frames) != num_frames:
+                count = "more" if len(frames) > num_frames else len(frames)
+                raise ValueError(f"{record.get('where', 'a record')}: {item} has {count} frames, "
+                                 f"the pipeline makes {num_frames}: num_frames in --pipe-args")
+            media.append(frames)
         latents.append(encode_media(pipe, media, call).cpu())
     return torch.cat(latents)
-
 
 @torch.no_grad()
 def encode_media(pipe, media, call):
@@ -382,17 +319,16 @@ def encode_media(pipe, media, call):
     VAE, shifted, scaled and packed. An image VAE sees a video frame by frame: (B, C, F, H, W).
     ValueError: a pipeline that encodes in another way, media of several sizes without height and
     width in `call`."""
-    name = type(pipe).__name__
     vae = getattr(pipe, "vae", None)
     pack = getattr(pipe, "_pack_latents", None)
     if vae is None or pack and len(inspect.signature(pack).parameters) != 5:
-        raise ValueError(f"{name} has no VAE or packs latents in a way of its own: media cannot be "
-                         "encoded for it")
+        raise ValueError(f"{type(pipe).__name__} has no VAE or packs latents in a way of its own: "
+                         "media cannot be encoded for it")
     size = {key: call[key] for key in ("height", "width") if key in call}
     sizes = {frame.size for frames in media for frame in frames}
     if not size and len(sizes) > 1:
-        raise ValueError(f"media of different sizes, as {sorted(sizes)[:2]}: pass --pipe-args "
-                         "height=... width=..., to which they are resized")
+        raise ValueError(f"media of different sizes, as {sorted(sizes)[:2]}: pass height and "
+                         "width, to which they are resized, in --pipe-args")
     of_video = hasattr(pipe, "video_processor")
     over_time = any(p.ndim == 5 for p in vae.parameters())          # the VAE convolves over frames
     processor = pipe.video_processor if of_video else pipe.image_processor
@@ -420,69 +356,242 @@ def encode_media(pipe, media, call):
         x = rearrange(x, "(b f) c h w -> b c f h w", b=len(media))
     return x
 
+# ========== Driver: a diffusers pipeline as a policy, with its own guidance and conditioning
+class StopPipeline(Exception):
+    """Raised by a step function to leave the pipeline before it decodes."""
 
-# ------------------------------------------------------------------------------------------------
-# what the builders share
+class PolicyScheduler:
+    """Stands in for pipe.scheduler: the stock schedule, but step_fn(i, x, v), if there is one,
+    returns the next latents, and given_timesteps, (S,) or (S, B), replace the schedule's."""
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        self.step_fn = None
+        self.given_timesteps = None
 
-def build_file(args, records, build):
-    """Write --out from build(records of a chunk, seed) -> [(case, record or None), ...], a function
-    of these alone, and print how often each case occurs.
+        @functools.wraps(scheduler.set_timesteps)    # pipelines inspect its signature
+        def set_timesteps(*args, **kwargs):
+            scheduler.set_timesteps(*args, **kwargs)
+            given = self.given_timesteps
+            self.timesteps = scheduler.timesteps if given is None else given
+            self.i = -1
 
-    OUT.progress is a journal: the options, then a line a chunk. A run that was killed goes on after
-    its last whole line; --out is written at the end. ValueError: other options than before."""
-    out = Path(args.out)
-    journal = Path(f"{args.out}.progress")
-    options = {name: re.sub("^https?://[^#]*", "server", str(value))        # servers move
-               for name, value in vars(args).items() if name != "out"}
-    options["digest"] = hashlib.sha256(Path(args.file).read_bytes()).hexdigest()
-    lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
-    if out.exists() and not lines:
-        raise ValueError(f"{out} is there already, without {journal}. Remove it or name another.")
-    lines = lines or [json.dumps(options)]
-    changes = sorted(json.loads(lines[0]).items() ^ options.items())
-    if changes:
-        raise ValueError(f"{out} was begun with other options: {changes}. Give the same ones, name "
-                         f"another --out, or remove {journal}.")
-    results = sum([json.loads(line) for line in lines[1:]], [])
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with open(journal, "r+" if journal.exists() else "w") as file:
-        file.writelines(line + "\n" for line in lines)
-        file.truncate()                                     # a torn line
-        for start in tqdm(range(len(results), len(records), CHUNK), args.command):
-            chunk = build(records[start:start + CHUNK], f"{args.seed} {start}")
-            file.write(json.dumps(chunk, default=str) + "\n")
-            file.flush()
-            results += chunk
-    rows = [record for _, record in results if record]
-    write_jsonl(out, rows)
-    for case, number in Counter(case for case, _ in results).most_common():
-        print(f"  {case:34s}{number:8d}{number / len(results):8.1%}")
-    print(f"{out}: {len(rows)} records")
+        @functools.wraps(scheduler.step)
+        def step(v, timestep, x, *args, **kwargs):
+            if self.step_fn is None:
+                return scheduler.step(v, timestep, x, *args, **kwargs)
+            self.i += 1
+            x = self.step_fn(self.i, x, v)
+            return SchedulerOutput(prev_sample=x) if kwargs.get("return_dict", True) else (x,)
+        self.set_timesteps = set_timesteps
+        self.step = step
 
+    def __getattr__(self, name):                     # config, sigmas, order, ...
+        return getattr(self.__dict__["scheduler"], name)
 
-def ask(judge, questions, temperature, seed, check=True):
-    """A text for each question, a function of the questions and `seed`. ValueError where none of
-    several is answered, unless `check` is off."""
-    number = random.Random(seed).getrandbits(30)
-    torch.manual_seed(number)
-    if isinstance(judge, ServerJudge):
-        judge.body["seed"] = number
-    texts = judge(questions, temperature=temperature)
-    if check and len(texts) > 1 and all(isinstance(text, Failure) for text in texts):
-        raise ValueError(f"none of {len(texts)} questions is answered: {texts[0]}. Mend that, then "
-                         "give the same command again: it goes on")
-    return texts
+    def scale_model_input(self, x, timestep=None):   # what a step function sees is scaled already
+        if self.step_fn or not hasattr(self.scheduler, "scale_model_input"):
+            return x
+        return self.scheduler.scale_model_input(x, timestep)
 
+def prediction_type(pipe):
+    """What the denoiser predicts: "flow" (the velocity noise - x0), "epsilon" or "v_prediction".
+    ValueError: something else."""
+    scheduler = getattr(pipe.scheduler, "scheduler", pipe.scheduler)
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction":
+        return "flow"
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"{type(pipe).__name__}'s scheduler predicts {kind!r}; expected epsilon, "
+                         "v_prediction or a flow")
+    return kind
 
-def sample_texts(sample, questions, num):
-    """[`num` texts, ...], one list for each question. sample(questions) -> texts."""
-    texts = sample([question for question in questions for _ in range(num)])
-    return [texts[start:start + num] for start in range(0, len(texts), num)]
+def denoisers(pipe):
+    """nn.ModuleDict of what is trained in a pipeline: its transformers or its UNet."""
+    parts = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet")}
+    return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
+def load_pipeline(path, device, dtype=torch.float32, fsdp=False):
+    """The pipeline in a folder or hub repository, driven by a PolicyScheduler. pipe.call_args are
+    the arguments of its call that lie in its folder as pipe_args.json."""
+    local = Path(path).is_dir()                      # whose own code (*.py) is trusted
+    folder = path if local else diffusers.DiffusionPipeline.download(path)
+    for turn in range(dist.get_world_size() if dist.is_initialized() else 1):
+        if not dist.is_initialized() or turn == dist.get_rank():     # as code goes to one cache
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                folder, torch_dtype=dtype, trust_remote_code=local)
+        if dist.is_initialized():
+            dist.barrier()
+    pipe.folder = folder
+    call_args = Path(folder, "pipe_args.json")
+    pipe.call_args = json.loads(call_args.read_text()) if call_args.exists() else {}
+    return drive(pipe, device, fsdp)
 
-# ------------------------------------------------------------------------------------------------
-# distill: a teacher's traces
+def drive(pipe, device, fsdp=False):
+    """The pipeline on its device, all but its denoisers frozen, its scheduler, first latents and
+    prompt encoder wrapped. With fsdp the denoisers stay on the CPU until shard_model.
+    ValueError: a pipeline whose latents move in another way than by one scheduler.step, or that is
+    offloaded by hooks, under which nothing gets a gradient."""
+    name = type(pipe).__name__
+    source = inspect.getsource(inspect.unwrap(type(pipe).__call__))
+    if source.count("scheduler.step(") != 1 or "deepcopy(self.scheduler)" in source:
+        raise ValueError(f"{name} calls scheduler.step at several places or copies the scheduler; "
+                         "the driver stands in for one call")
+    for method in ("prepare_latents", "encode_prompt"):
+        if not hasattr(pipe, method):
+            raise ValueError(f"{name} has no {method}, which the driver wraps")
+    prediction_type(pipe)                            # ValueError: one that cannot be trained
+    policy = denoisers(pipe)
+    if any(hasattr(module, "_hf_hook") for module in policy.modules()):
+        raise ValueError(f"{name} is offloaded by hooks and would get no gradient: load it without")
+    for part, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            module.requires_grad_(part in policy).eval()
+            if not (fsdp and part in policy):
+                module.to(device)
+            if device.type == "cpu" and part in policy:
+                module.set_attention_backend("_native_math")    # faster for a few tokens
+    vars(pipe)["scheduler"] = PolicyScheduler(pipe.scheduler)   # setattr would register it
+    pipe.first_latents = None
+    pipe.prepare_latents = functools.partial(prepare_latents, pipe, pipe.prepare_latents)
+    pipe.encode_prompt = functools.partial(encode_prompt, pipe.encode_prompt, {})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
+def prepare_latents(pipe, stock, *args, **kwargs):
+    """pipe.first_latents, or the pipeline's own in float32, to whose type timesteps are rounded."""
+    output = stock(*args, **kwargs)
+    latents, *rest = output if isinstance(output, tuple) else [output]
+    given = pipe.first_latents
+    if given is not None and given.shape != latents.shape:
+        raise ValueError(f"latents of shape {tuple(given.shape)}, but this call makes others, of "
+                         f"{tuple(latents.shape)}: height, width and num_frames in --pipe-args")
+    latents = latents.float() if given is None else given
+    return (latents, *rest) if isinstance(output, tuple) else latents
+
+@torch.no_grad()
+def encode_prompt(stock, memory, /, *args, **kwargs):
+    """The pipeline's own, remembered for 32 calls."""
+    key = pickle.dumps((args, kwargs))
+    if key not in memory:
+        memory[key] = stock(*args, **kwargs)
+    if len(memory) > 32:
+        memory.pop(next(iter(memory)))
+    return memory[key]
+
+def run_pipeline(pipe, step_fn=None, latents=None, timesteps=None, **call):
+    """One call of the pipeline, with gradients as torch's grad mode says; None if step_fn raised
+    StopPipeline."""
+    call = {name: copy.copy(x) if isinstance(x, list) else x for name, x in call.items()}
+    call = {"output_type": "pil", **call}            # by default videos are arrays
+    negative = call.get("negative_prompt")           # lists are copied: pipelines write into them
+    if isinstance(negative, str) and isinstance(call["prompt"], list):
+        call["negative_prompt"] = [negative] * len(call["prompt"])
+    pipe.first_latents = latents
+    pipe.scheduler.step_fn = step_fn
+    pipe.scheduler.given_timesteps = timesteps
+    try:
+        return inspect.unwrap(type(pipe).__call__)(pipe, **call)    # without its own no_grad
+    except StopPipeline:
+        return None
+    finally:
+        pipe.first_latents = pipe.scheduler.step_fn = pipe.scheduler.given_timesteps = None
+
+def predict(pipe, x, t, **call):
+    """What the denoiser predicts (prediction_type) at latents x and timestep t, () or (B,), after
+    the pipeline's guidance. For epsilon and v, x is sqrt(acp) x0 + sqrt(1 - acp) noise."""
+    if t.ndim and (pipe.config.get("boundary_ratio") or pipe.config.get("expand_timesteps")):
+        rows = []                                    # Wan 2.2 takes one timestep a call
+        for i, prompt in enumerate(call["prompt"]):
+            rows.append(predict(pipe, x[i:i + 1], t[i], **{**call, "prompt": [prompt]}))
+        return torch.cat(rows)
+    predictions = []
+
+    def step_fn(i, x, v):
+        predictions.append(v)
+        raise StopPipeline
+    run_pipeline(pipe, step_fn, x, t[None], **{**call, "num_inference_steps": 1})
+    v = predictions[0]
+    if v.shape != x.shape:                           # a video UNet's step sees frames
+        v = rearrange(v, "(b f) c h w -> b c f h w", b=len(x))
+    return v
+
+def unguided(pipe, call):
+    """The call without classifier-free guidance, which belongs to sampling; a denoiser that takes
+    the guidance as an input keeps it."""
+    for model in denoisers(pipe).values():
+        if model.config.get("guidance_embeds") or model.config.get("time_cond_proj_dim"):
+            return call
+    known = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
+    return {**call, "guidance_scale": 0.0} if known else call
+
+@torch.no_grad()
+def sample_media(pipe, records, seeds, batch_size, call):
+    """Samples for prompt records by the stock (ODE) sampler, a list of frames each; sample i is a
+    function of records[i] and seeds[i]. Of edits, whose sources differ, one at a time is made."""
+    media = []
+    batch_size = 1 if "source" in records[0] else batch_size
+    for start in range(0, len(records), batch_size):
+        batch = records[start:start + batch_size]
+        generators = [seeded_generator(seed) for seed in seeds[start:start + batch_size]]
+        output = run_pipeline(pipe, prompt=[record["prompt"] for record in batch],
+                              generator=generators, **source_images(batch), **call)
+        media += frames_of(output)
+    return media
+
+def frames_of(output):
+    """[frames, ...] of a pipeline's output: one PIL image of an image, all frames of a video."""
+    return [list(item) if isinstance(item, (list, tuple)) else [item] for item in output[0]]
+
+def seeded_generator(*seed):
+    """A CPU generator that is a function of the numbers and strings `seed`, on any rank."""
+    digest = hashlib.blake2b(repr(seed).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+def seeded_noise(shape, *seed):
+    """Standard normal noise, float32 on the CPU, that is a function of `seed`."""
+    return torch.randn(shape, generator=seeded_generator(*seed))
+
+# ---------- a judge's accuracy
+def mean(values):
+    return sum(values) / len(values) if values else math.nan
+
+def evaluate_judge(judge, pairs, seed=0):
+    """({name: number}, (record, was it swapped, Verdict) of the first pair): how good a judge is on
+    pair records. Every pair is shown in a random order and then in the other one; winners are
+    turned back, so that they name the record's media. An undecided verdict is wrong.
+    winner_accuracy leaves out the pairs that people call a tie ("diff" of GenAI-Bench), in
+    tau_accuracy "tie" is right there; swap_consistency: the same winner in both orders."""
+    rng = random.Random(seed)
+    swaps = [rng.random() < 0.5 for _ in pairs]
+    shown = list(zip([*pairs, *pairs], [*swaps, *[not swap for swap in swaps]]))
+    verdicts = []
+    for start in tqdm(range(0, len(shown), CHUNK), "judge", disable=None):
+        questions = [as_question(pair, swap) for pair, swap in shown[start:start + CHUNK]]
+        verdicts += [parse_verdict(text) for text in judge(questions)]
+    winners = []
+    complete = []
+    tens = []
+    for verdict, (_, swap) in zip(verdicts, shown):
+        turned = {1: 2, 2: 1}.get(verdict.winner, verdict.winner)
+        winners.append(turned if swap else verdict.winner)
+        anchors = {category.anchor for category in verdict.categories}
+        complete.append(verdict.winner is not None and anchors >= {"A", "B", "C"})
+        for category in verdict.categories:
+            tens += [criterion.total() == 10 for criterion in category.criteria]
+    labels = [WINNERS[pair["winner"]] for pair in pairs]
+    right = [winner == label for winner, label in zip(winners, labels)]
+    again = winners[len(pairs):]                            # in the other order
+    numbers = {
+        "winner_accuracy": mean([ok for ok, label in zip(right, labels) if label != 0]),
+        "tau_accuracy": mean(right),
+        "parse_rate": mean(complete),
+        "sum10_rate": mean(tens),
+        "swap_consistency": mean([a is not None and a == b for a, b in zip(winners, again)]),
+        "first_position_share": mean([v.winner == 1 for v in verdicts if v.winner]),
+        "failures": sum(isinstance(verdict.text, Failure) for verdict in verdicts)}
+    return numbers, (pairs[0], swaps[0], verdicts[0])
+
+# ---------- distill: a teacher's traces
 def read_trace(text, winner):
     """("right", trace) of a text that holds one whole verdict with all three categories and
     people's `winner`, else ("dropped: ...", None). The trace is the JSON object alone."""
@@ -500,230 +609,59 @@ def read_trace(text, winner):
         return "dropped: unparsed", None
     return ("right", trace) if verdict.winner == winner else ("dropped: contradicts", None)
 
-
-def distill(args, load):
-    """Traces that --teacher writes of pairs in a random order: of up to --num-samples, the first at
-    temperature 0, the first that agrees with people's choice."""
-    teacher = load(args.teacher)
-
-    def build(pairs, seed):
-        rng = random.Random(seed)
-        records = [swap_at_random(pair, rng) for pair in pairs]
-        questions = [comparison(record) for record in records]
-        results = [("", None)] * len(records)
-        for attempt in range(args.num_samples):
-            left = [i for i, (_, record) in enumerate(results) if not record]
-            temperature = args.temperature if attempt > 0 else 0.0
-            texts = ask(teacher, [questions[i] for i in left], temperature, f"{seed} {attempt}",
-                        check=attempt == 0)
-            for i, text in zip(left, texts):
-                case, trace = read_trace(text, WINNERS[records[i]["winner"]])
-                results[i] = (case, {**records[i], "response": trace} if trace else None)
-        return results
-
-    build_file(args, read_records(args.file, "pair"), build)
-
-
-# ------------------------------------------------------------------------------------------------
-# sift: the best and the worst of N candidates; dpo.py samples those of a generator
-
-def best_of_n(pairs, verdicts, scores, num):
-    """(None, best, worst) of `num` candidates, or (the reason, None, None).
-
-    With scores, Sec. 3 of arXiv 2503.05236: of those who won a comparison the one with the highest
-    score, of those who lost one the one with the lowest, if its score is lower. Without: the
-    highest and the lowest win rate, if they differ; of equals the category rates decide."""
-    winners = []
-    losers = []
-    if scores is not None:
-        values = [(score,) for score in scores]
-        for pair, verdict in zip(pairs, verdicts):
-            if verdict.winner:
-                winners.append(pair[verdict.winner - 1])
-                losers.append(pair[2 - verdict.winner])
-        winners = [i for i in winners if scores[i] is not None]
-        losers = [i for i in losers if scores[i] is not None]
-    else:
-        rates = win_rates(pairs, verdicts, num)
-        values = list(zip(rates.overall.tolist(), rates.category.nan_to_num().tolist()))
-        winners = losers = [i for i in range(num) if not math.isnan(values[i][0])]
-    if not winners or not losers:
-        return "undecided", None, None
-    best = max(winners, key=values.__getitem__)
-    worst = min(losers, key=values.__getitem__)
-    if values[best][0] == values[worst][0]:
-        return "equal", None, None
-    if values[best][0] < values[worst][0]:
-        return "scores contradict", None, None
-    return None, best, worst
-
-
-def pair_of(record, candidates, pairs, verdicts, scores=None, rng=random):
-    """("kept", training record) of N candidates for a record, else ("dropped: ...", None): the best
-    and the worst text as chosen and rejected, or list of frames as a pair in a random order."""
-    reason, best, worst = best_of_n(pairs, verdicts, scores, len(candidates))
-    if any(isinstance(candidate, Failure) for candidate in candidates):
-        reason = "failure"
-    elif reason is None and candidates[best] == candidates[worst]:
-        reason = "alike"
-    if reason:
-        return f"dropped: {reason}", None
-    chosen = candidates[best]
-    rejected = candidates[worst]
-    if isinstance(chosen, str):
-        return "kept", {**record, "chosen": chosen, "rejected": rejected}
-    if len(chosen) > 1:
-        media = {"videos": [chosen, rejected], "winner": "Video 1"}
-    else:
-        media = {"images": [*chosen, *rejected], "winner": "Image 1"}
-    return "kept", swap_at_random({**record, **media}, rng)
-
-
-COMPARE_TEXTS = """\
-Two answers to one task about the images above follow. Decide which is better. A good answer: \
-{criteria}
-
-Task: {task}
-
-Answer 1: {first}
-
-Answer 2: {second}
-
-Answer with one JSON object and nothing else: {"reason": "what decides, in one or two sentences", \
-"winner": "Answer 1 or Answer 2"}"""
-GOOD_ANSWER = """it is right, what it says can be seen in the images, and it answers what was \
-asked, completely and clearly."""
-GOOD_REASONING = """what it says of each candidate can be seen there; its categories and \
-sub-dimensions fit this prompt; its scores follow from its reasons, each category's winner from \
-the scores, the overall winner from the categories."""
-JUDGE_TASK = """Two candidates were generated for a prompt. Judge which serves it better, by \
-categories, with reasons and scores. Prompt: """
-
-
-def rank_texts(judge, records, candidates):
-    """[(case, preference or None), ...] of N texts about each record, verdicts or answers to its
-    instruction: the best and the worst by win rates. All are compared in both orders, so that a
-    judge which goes by the position finds them equal. judge(questions) -> texts; its score_template
-    is "{prompt}"."""
-    questions = []
-    for record, texts in zip(records, candidates):
-        fields = {"criteria": GOOD_REASONING, "task": JUDGE_TASK + record.get("prompt", "")}
-        if "instruction" in record:
-            fields = {"criteria": GOOD_ANSWER, "task": record["instruction"]}
-        images = sum(open_media(record), [])
-        for first, second in permutations(texts, 2):
-            fields |= {"first": first, "second": second}
-            prompt = re.sub(r"\{(\w+)\}", lambda name: fields[name[1]], COMPARE_TEXTS)
-            questions.append(Candidate(prompt, images))
-    verdicts = iter([parse_verdict(text) for text in judge(questions)])
-    results = []
-    for record, texts in zip(records, candidates):
-        pairs = list(permutations(range(len(texts)), 2))
-        results.append(pair_of(record, texts, pairs, [next(verdicts) for _ in pairs]))
+def distill_pairs(teacher, pairs, args, seed):
+    """[(case, trace record or None), ...] of pairs in a random order: of up to --num-samples texts,
+    the first at temperature 0, the first that agrees with people's choice."""
+    rng = random.Random(seed)
+    records = [swap_at_random(pair, rng) for pair in pairs]
+    questions = [as_question(record) for record in records]
+    results = [("", None)] * len(records)
+    for attempt in range(args.num_samples):
+        left = [i for i, (_, record) in enumerate(results) if not record]
+        torch.manual_seed(rng.getrandbits(30))
+        if isinstance(teacher, ServerJudge):
+            teacher.body["seed"] = rng.getrandbits(30)
+        temperature = args.temperature if attempt > 0 else 0.0
+        texts = teacher([questions[i] for i in left], temperature=temperature)
+        if attempt == 0 and len(texts) > 1 and all(isinstance(text, Failure) for text in texts):
+            raise ValueError(f"none of {len(texts)} questions is answered: {texts[0]}. Mend that, "
+                             "then give the same command again: it goes on")
+        for i, text in zip(left, texts):
+            case, trace = read_trace(text, WINNERS[records[i]["winner"]])
+            results[i] = (case, {**records[i], "response": trace} if trace else None)
     return results
 
+def distill(args, teacher):
+    """Write --out from distill_pairs of the file's pairs, and print how often each case occurs.
+    OUT.progress is a journal, a line a chunk, after whose last whole line a killed run goes on.
+    ValueError: it was begun with other options."""
+    pairs = read_records(args.file, "pair")
+    journal = Path(f"{args.out}.progress")
+    options = {name: re.sub("^https?://[^#]*", "server", str(value))        # servers move
+               for name, value in vars(args).items() if name != "out"}
+    options["digest"] = hashlib.sha256(Path(args.file).read_bytes()).hexdigest()
+    lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
+    lines = lines or [json.dumps(options)]
+    if json.loads(lines[0]) != options or Path(args.out).exists() and not journal.exists():
+        raise ValueError(f"{args.out} is there or was begun with other options: {lines[0]}. Give "
+                         f"the same ones, name another --out, or remove it and {journal}.")
+    results = sum([json.loads(line) for line in lines[1:]], [])
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    journal.write_text("".join(line + "\n" for line in lines))              # without a torn line
+    with open(journal, "a") as file:
+        for start in tqdm(range(len(results), len(pairs), CHUNK), "distill"):
+            chunk = distill_pairs(teacher, pairs[start:start + CHUNK], args, f"{args.seed} {start}")
+            print(json.dumps(chunk, default=str), file=file, flush=True)
+            results += chunk
+    write_jsonl(args.out, [record for _, record in results if record])
+    for case, number in Counter(case for case, _ in results).most_common():
+        print(f"  {case:34s}{number:8d}{number / len(results):8.1%}")
 
-def sift(args, load):
-    """Preferences between the best and the worst of --num-samples answers of --model."""
-    model = load(args.model, score_template="{prompt}")
-    args.judge = args.judge or latest_judge()
-    judge = load(args.judge, score_template="{prompt}")
-
-    def build(records, seed):
-        questions = []
-        for record in records:
-            questions.append(Candidate(record["instruction"], sum(open_media(record), [])))
-        sample = partial(ask, model, temperature=args.temperature, seed=seed)
-        answers = sample_texts(sample, questions, args.num_samples)
-        return rank_texts(partial(ask, judge, temperature=0.0, seed=seed), records, answers)
-
-    build_file(args, read_records(args.file, "question"), build)
-
-
-# ------------------------------------------------------------------------------------------------
-# rank: preferences between traces
-
-def rank_traces(traces, winner):
-    """(case, best, worst) of one pair's traces, where `winner` is people's choice; best and worst
-    are None where nothing is preferred.
-
-    Sec. 3.2 of arXiv 2602.02380: right over wrong; all right: the better reasoning; all wrong:
-    dropped. Better reasoning is here what can be checked: fewer faults in the verdict, such as
-    scores that do not sum to ten."""
-    if not traces:
-        return "failure", None, None
-    verdicts = [parse_verdict(trace) for trace in traces]
-    faults = [(verdict.winner != winner, len(verdict.issues)) for verdict in verdicts]
-    best = min(faults)                                      # (is it wrong, number of faults)
-    worst = max(faults)
-    if best[0]:
-        return "all wrong", None, None
-    case = "mixed" if worst[0] else "all right"
-    if best == worst:
-        return case, None, None
-    return case, traces[faults.index(best)], traces[faults.index(worst)]
-
-
-def rank_pairs(sample, pairs, num_traces, judge=None):
-    """[(case, preference or None), ...] of pairs, from `num_traces` traces of each. A judge of
-    reasoning, if given, decides where all are right. sample and judge: questions -> texts."""
-    groups = sample_texts(sample, [comparison(pair) for pair in pairs], num_traces)
-    results = []
-    rivals = {}                                             # {number of a pair: two right traces}
-    for i, (pair, traces) in enumerate(zip(pairs, groups)):
-        traces = [trace for trace in traces if not isinstance(trace, Failure)]
-        case, best, worst = rank_traces(traces, WINNERS[pair["winner"]])
-        if best:
-            results.append((case, {**pair, "chosen": best, "rejected": worst}))
-        else:
-            results.append((f"dropped: {case}", None))
-        distinct = list(dict.fromkeys(traces))
-        if judge and case == "all right" and len(distinct) > 1:
-            rivals[i] = distinct[:2]
-    if rivals:
-        ranked = rank_texts(judge, [pairs[i] for i in rivals], rivals.values())
-        for i, (_, record) in zip(rivals, ranked):
-            results[i] = ("all right" if record else "dropped: all right", record)
-    return results
-
-
-def build_preferences(judge, pairs, num_traces=4, temperature=0.7, prefer=None):
-    """(preference records, {case: number}) of traces that the judge writes of pairs; ties are left
-    out. prefer(questions) -> texts of a judge of reasoning."""
-    pairs = [pair for pair in pairs if pair["winner"] != "Tie"]
-    sample = partial(judge, temperature=temperature)
-    results = []
-    for start in tqdm(range(0, len(pairs), CHUNK), "traces"):
-        results += rank_pairs(sample, pairs[start:start + CHUNK], num_traces, prefer)
-    records = [record for _, record in results if record]
-    counts = {"kept": len(records)}
-    for name in ("mixed", "all right", "all wrong", "failure"):
-        counts[name] = sum(name in case for case, _ in results)
-    return records, counts
-
-
-def rank(args, load):
-    """Preferences between the --num-samples traces that --model writes of each pair."""
-    model = load(args.model)
-    judge = load(args.judge, score_template="{prompt}") if args.judge else None
-
-    def build(pairs, seed):
-        sample = partial(ask, model, temperature=args.temperature, seed=seed)
-        prefer = judge and partial(ask, judge, temperature=0.0, seed=seed)
-        return rank_pairs(sample, pairs, args.num_samples, prefer)
-
-    pairs = [pair for pair in read_records(args.file, "pair") if pair["winner"] != "Tie"]
-    build_file(args, pairs, build)
-
-
-# ------------------------------------------------------------------------------------------------
-# commands
-
+# ---------- commands
 def check(args):
     """Print what a file holds; every medium is opened. ValueError names the first bad line."""
-    records = read_records(args.file)
     kinds = Counter()
-    for record in tqdm(records, "check"):
+    for record in tqdm(read_records(args.file), "check"):
         items = record.get(medium_of(record), [])
         kinds[f"{kind_of(record)} records with {len(items)} {medium_of(record)}"] += 1
         for item in items:
@@ -734,35 +672,24 @@ def check(args):
     for kind, number in kinds.items():
         print(f"{args.file}: {number} {kind}, all well formed")
 
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("command", choices=["check", "distill", "rank", "sift"])
-    add("file", help="records (check), pairs (distill, rank) or questions (sift)")
-    # models: a folder, a hub id, URLs joined by commas, or FILE.py:function
-    add("--teacher", help="distill: writes the traces")
-    add("--model", help="rank: the judge that writes traces; sift: answers the questions")
-    add("--judge", help="rank: compares the reasoning of right traces  [checkable faults]; sift: "
-        "ranks the answers  [the newest of out/judge-*/model]")
+    add("command", choices=["check", "eval", "distill"])
+    add("file", help="records (check) or pairs")
+    add("--model", help="the judge: a folder, a hub id, URLs joined by commas or FILE.py:function")
     add("--template", help="file with the judge's instruction  [the model's own]")
-    add("--num-samples", type=int, default=4,
-        help="traces or answers of each record; distill stops at the first right one")
-    add("--temperature", type=float, default=0.7, help="of sampled traces and answers")
-    add("--max-new-tokens", type=int, help="longest trace or answer  [the model's own]")
-    # run
+    add("--max-new-tokens", type=int, help="longest verdict  [the model's own]")
+    add("--num-samples", type=int, default=4, help="distill: traces a pair until one is right")
+    add("--temperature", type=float, default=0.7, help="distill: of the traces after the first")
     add("--seed", type=int, default=0)
-    add("--out", help="the JSONL file to write; the same command goes on with it")
+    add("--out", help="distill: the JSONL file to write; the same command goes on with it")
     args = parser.parse_args(argv)
-    writer = "teacher" if args.command == "distill" else "model"
-    for name in [writer, "out"] if args.command != "check" else []:
+    for name in {"check": [], "eval": ["model"], "distill": ["model", "out"]}[args.command]:
         if not getattr(args, name):
             parser.error(f"{args.command} needs --{name}")
-    if args.num_samples < 1:
-        parser.error(f"--num-samples is {args.num_samples}; expected at least 1")
     return args
-
 
 def main(argv=None):
     args = parse_args(argv)
@@ -772,11 +699,14 @@ def main(argv=None):
         if args.command == "check":
             return check(args)
         template = Path(args.template).read_text(encoding="utf-8") if args.template else None
-        load = partial(load_judge, template=template, max_new_tokens=args.max_new_tokens)
-        {"distill": distill, "rank": rank, "sift": sift}[args.command](args, load)
+        judge = load_judge(args.model, template=template, max_new_tokens=args.max_new_tokens)
+        if args.command == "distill":
+            return distill(args, judge)
+        numbers, _ = evaluate_judge(judge, read_records(args.file, "pair"), args.seed)
+        for name, number in numbers.items():
+            print(f"{name:24s}{number:9.3f}")
     except (OSError, ValueError) as error:
         raise SystemExit(f"data.py: {error}") from error
-
 
 if __name__ == "__main__":
     main()

@@ -5,77 +5,57 @@ the sampler's stochastic steps moves with them (Flow-GRPO, arXiv 2505.05470).
     python grpo.py                          the toy generator, rewarded by the toy judge
     torchrun --nproc_per_node=8 grpo.py --model black-forest-labs/FLUX.1-dev --data prompts.txt \\
         --eval-data held_out.txt --watch none --judge http://localhost:8000 --num-prompts 48 \\
-        --batch-size 8 --lora-rank 64 --lr 3e-5 --bf16 --pipe-args height=512 width=512
+        --batch-size 8 --lora-rank 64 --lr 3e-5 --bf16 --pipe-args '{"height": 512, "width": 512}'
 
 Ranks share the prompts of a step; the samples of one prompt, a group, lie on one rank.
 
 Shapes: G samples of a prompt, B samples of a pipeline call and micro-step, S sampling steps, the
 first K of them stochastic, (...) one sample's latents.
 """
-import argparse
-import itertools
-import math
-import queue
-import random
-import threading
-import time
+import argparse, itertools, json, queue, random, re, threading, time
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-
-from data import batch_indices, read_records, source_images
-from reward import (Comparison, Failure, group_advantages, latest_judge, load_judge, load_media,
-                    load_rewards, needs_judge, normalize, parse_verdict, reward_values,
-                    sample_pairs, win_rates)
-# the toolbox and the driver lie at the end of sft.py
-from sft import (autocast, denoisers, disable_lora, evaluate_samples, finish_log, frames_of,
-                 gather_list, get_rank, get_world_size, learning_rate, load_checkpoint,
-                 load_pipeline, log_row, make_optimizers, optimizer_step, parse_pipe_arg, predict,
-                 prediction_type, prepare_training, progress, run_pipeline, save_checkpoint,
-                 save_generator, seeded_generator, seeded_noise, setup_distributed,
-                 split_over_ranks, start_log, sum_over_ranks, weights_dtype, write_html)
+from data import (batch_indices, denoisers, frames_of, load_pipeline, predict, prediction_type,
+                  read_records, run_pipeline, seeded_generator, seeded_noise, source_images)
+from reward import (Comparison, Failure, group_advantages, load_judge, load_media, normalize,
+                    parse_verdict, sample_pairs, win_rates)
+# the toolbox lies at the end of sft.py, the driver of pipelines in data.py
+from sft import (autocast, disable_lora, evaluate_samples, finish_log, gather_list, get_rank,
+                 get_world_size, learning_rate, load_checkpoint, load_rewards, log_row,
+                 make_optimizers, optimizer_step, prepare_training, progress, reward_values,
+                 save_checkpoint, save_generator, setup_distributed, split_over_ranks, start_log,
+                 sum_over_ranks, weights_dtype)
 
 NUM_COMPARED = 192                      # held-out samples that are compared with the base's
-
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    # model
     add("--model", default="out/generator-sft/model", help="folder or hub id to start from")
-    add("--judge", help="folder, hub id, URLs or FILE.py:function  [the newest in out/]")
+    add("--judge", default="out/judge-dpo/model", help="folder, hub id, URLs or FILE.py:function")
     add("--template", help="file with the judge's instruction, holding {prompt}  [the judge's own]")
-    # data
-    add("--data", default="out/toy/prompts.txt", help="prompts: .txt, .csv or JSONL")
+    add("--data", default="out/toy/prompts.txt", help="prompts: .txt or JSONL")
     add("--eval-data", default="out/toy/prompts_test.txt", help="held-out prompts")
     add("--eval-every", type=int, default=16, help="steps between evaluations, 0: none in between")
-    add("--watch", default="tests/toy_oracle.py:true",
-        help="what is measured on its samples, FILE.py:function, clip or none")
-    # generator
-    add("--pipe-args", type=parse_pipe_arg, nargs="*", default=[],
-        help="key=value of the pipeline's call, as height=512")
+    add("--watch", default="tests/toy_oracle.py:true", help="measures held-out samples, or none")
+    add("--pipe-args", type=json.loads, default={}, help='of its call, as {"height": 512}')
     add("--group-size", type=int, default=8, help="samples of a prompt")
     add("--eta", type=float, default=0.7, help="noise level of the stochastic sampling steps")
     add("--sde-steps", type=int, default=3, help="so many sampling steps are stochastic")
-    # reward
-    add("--reward", default="flex", help="flex, score, clip, FILE.py:function, or flex:.7,clip:.3")
+    add("--reward", default="flex", help="flex, score, FILE.py:function, or flex:.7,FILE.py:f:.3")
     add("--pairs", default="ring:2", help="all, or ring:K: each sample meets its next K on a ring")
-    add("--both-orders", action=flag, default=False, help="ask about every pair in both orders")
     add("--alpha", type=float, default=0.7, help="weight of the category against the overall side")
-    add("--category-weights", type=float, nargs="+", default=[1, 1, 1],
-        help="of the categories A B C; a fourth counts those that the judge adds")
+    add("--category-weights", type=float, nargs="+", default=[1, 1, 1], help="of A, B and C")
     add("--std-floor", type=float, default=0.2, help="least std that win rates are divided by")
     add("--max-parse-fail", type=float, default=0.5, help="stop above this undecided share")
     add("--max-new-tokens", type=int, help="longest verdict  [what the judge's folder says, 2048]")
-    # lora
     add("--lora-rank", type=int, default=32, help="0: the weights themselves are trained")
-    add("--lora-alpha", type=float, help="adapters are scaled by alpha / rank  [the rank]")
-    add("--targets", help="regex: the linear layers with adapters or, without LoRA, what trains")
-    # optim
+    add("--targets", help="regex: the linear layers with adapters  [all in the blocks]")
     add("--updates", type=int, default=1, help="optimizer steps a rollout")
     add("--clip-range", type=float, default=1e-3, help="the ratio is clipped to 1 +- this")
     add("--ratio-norm", action=flag, default=True, help="GRPO-Guard's ratio (arXiv 2510.22319)")
@@ -85,30 +65,21 @@ def parse_args(argv=None):
     add("--max-steps", type=int, default=64, help="rollouts")
     add("--num-prompts", type=int, default=12, help="prompts per step, over all ranks")
     add("--batch-size", type=int, default=96, help="samples per rank and pipeline call")
-    # run
     add("--bf16", action=flag, default=False, help="compute in bfloat16, train in float32")
     add("--fsdp", action=flag, default=False, help="shard the model across ranks (FSDP2)")
     add("--grad-ckpt", action=flag, default=False, help="activation checkpointing")
-    add("--offload-encoders", action=flag, default=False, help="keep text encoders on the CPU")
     add("--seed", type=int, default=0)
     add("--out", default="out/grpo", help="run folder")
     add("--save-every", type=int, default=20, help="steps between checkpoints")
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
-    args = parser.parse_args(argv)
-    args.pipe_args = dict(args.pipe_args)
-    return args
+    return parser.parse_args(argv)
 
-
-# ------------------------------------------------------------------------------------------------
-# The sampler
-
+# ---------- The sampler
 def sde_step(sigmas, i, x, v, eta):
     """(mean, std) of the Gaussian p(x[i+1] | x[i]), in float32; eta 0 is the ODE's Euler step.
-
     mean = x + v dt + s^2 / (2 sigma) (x + (1 - sigma) v) dt,  std = s sqrt(-dt),
     s = eta sqrt(sigma / (1 - sigma)),  dt = sigma[i+1] - sigma[i] < 0;  at the first step, where
-    sigma may be 1, s takes the next sigma (Eq. 9 of arXiv 2505.05470).
-    """
+    sigma may be 1, s takes the next sigma (Eq. 9 of arXiv 2505.05470)."""
     sigma = sigmas[i]
     dt = sigmas[i + 1] - sigma
     x = x.float()
@@ -116,7 +87,6 @@ def sde_step(sigmas, i, x, v, eta):
     variance = eta ** 2 * sigma / (1 - (sigmas[1] if i == 0 else sigma))
     mean = x + v * dt + (x + v * (1 - sigma)) * (variance / (2 * sigma) * dt)
     return mean, (variance * -dt).sqrt()
-
 
 @dataclass
 class Rollout:
@@ -132,7 +102,6 @@ class Rollout:
     advantages: Future = field(default_factory=Future)      # (B,), when the judge has answered
     counts: Counter = field(default_factory=Counter)        # of answers, for the log
     undecided: list = field(default_factory=list)           # verdicts without a winner
-
 
 @torch.no_grad()
 def sample(pipe, records, seeds, args, call):
@@ -156,7 +125,6 @@ def sample(pipe, records, seeds, args, call):
         rollout.means.append(mean)
         rollout.noises.append(noise)
         return (mean + std * noise).to(x.dtype)
-
     with autocast(args, pipe.device):
         output = run_pipeline(pipe, step_fn, generator=group_generators(seeds), **rollout.call)
     rollout.media = frames_of(output)
@@ -164,30 +132,24 @@ def sample(pipe, records, seeds, args, call):
     rollout.timesteps = pipe.scheduler.timesteps
     return rollout
 
-
 def sample_seeds(indices, step, args):
     """The seeds of this rank's samples, G of each of its prompts, --batch-size at a time."""
     mine = indices[get_rank()::get_world_size()]
     seeds = list(itertools.product([args.seed], [step], mine, range(args.group_size)))
     return [seeds[k:k + args.batch_size] for k in range(0, len(seeds), args.batch_size)]
 
-
 def group_generators(seeds):
     return [seeded_generator(*seed[:-1]) for seed in seeds]
 
-
-def velocity_at(pipe, rollout, i, args):
-    """(B, ...) the policy's velocity at step i of a rollout, by a call of the pipeline that ends
-    there; with the rollout's generators, as some pipelines sample their conditioning."""
-    generators = group_generators(rollout.seeds)
+def mean_at(pipe, rollout, i, args):
+    """(mean, std) of the policy's sde_step at step i of a rollout, by a call of the pipeline that
+    ends there; with the rollout's generators, as some pipelines sample their conditioning."""
     with autocast(args, pipe.device):
-        return predict(pipe, rollout.x[i], rollout.timesteps[i], generator=generators,
-                       **rollout.call)
+        v = predict(pipe, rollout.x[i], rollout.timesteps[i], **rollout.call,
+                    generator=group_generators(rollout.seeds))
+    return sde_step(rollout.sigmas, i, rollout.x[i], v, args.eta)
 
-
-# ------------------------------------------------------------------------------------------------
-# The reward: verdicts -> win rates -> advantages
-
+# ---------- The reward: verdicts -> win rates -> advantages
 def start_judging(judge, rewards, args, device):
     """A queue of rollouts, whose advantages a thread finds one after the other. It is a daemon, so
     that Ctrl-C does not wait for the judge."""
@@ -207,10 +169,8 @@ def start_judging(judge, rewards, args, device):
                 for rollout in rollouts:
                     rollout.advantages.set_exception(error)
             rollouts = []
-
     threading.Thread(target=work, daemon=True).start()
     return jobs
-
 
 def judge_rollouts(rollouts, judge, rewards, args):
     """Find the advantages in rollouts that hold whole groups: the rewards' own inside each group,
@@ -221,21 +181,21 @@ def judge_rollouts(rollouts, judge, rewards, args):
         samples += zip(rollout.call["prompt"], rollout.media, rollout.seeds)
     groups = [samples[k:k + args.group_size] for k in range(0, len(samples), args.group_size)]
     prompts, media, _ = zip(*samples)
+    counts = rollouts[-1].counts
     advantages = torch.zeros(len(samples))
     for reward in rewards:
         if reward.function is None:
             parts = compare_groups(groups, judge, rollouts[-1], args)
         else:
-            values = reward_values(reward, list(media), list(prompts))
+            [values] = reward_values(reward, list(media), list(prompts)).values()
             parts = [normalize(part) for part in values.split(args.group_size)]
-            counts = {"scores": len(values), "missing": values.isnan().sum().item(),
-                      f"reward/{reward.name}": values.nansum().item()}
-            rollouts[-1].counts.update(counts)
+            mean = values.nansum().item() / (args.num_prompts * args.group_size)
+            counts.update({"scores": len(values), "missing": values.isnan().sum().item(),
+                           f"reward/{reward.name}": mean})
         advantages += reward.weight * torch.cat(parts)
-    rollouts[-1].counts["judge_s"] = time.time() - started
+    counts["judge_s"] = time.time() - started
     for rollout, part in zip(rollouts, advantages.clamp(-5, 5).split(args.batch_size)):
         rollout.advantages.set_result(part)
-
 
 def compare_groups(groups, judge, rollout, args):
     """[(G,) advantages, ...] of groups [[(prompt, medium, seed), ...], ...] by the judge's verdicts
@@ -245,29 +205,27 @@ def compare_groups(groups, judge, rollout, args):
     for group in groups:
         prompt, _, seed = group[0]
         rng = random.Random(repr(seed))
-        pairs.append(sample_pairs(args.group_size, args.pairs, rng, args.both_orders))
+        pairs.append(sample_pairs(args.group_size, args.pairs, rng))
         media = [load_media(frames) for _, frames, _ in group]
         questions += [Comparison(prompt, media[i], media[j]) for i, j in pairs[-1]]
     verdicts = [parse_verdict(text) for text in judge(questions)]
     rollout.undecided = [verdict.text for verdict in verdicts if verdict.winner is None]
-    weights = dict(zip("ABCD", args.category_weights))
+    weights = dict(zip("ABC", args.category_weights))
     advantages = []
     for group_pairs in pairs:
         group_verdicts = verdicts[:len(group_pairs)]
         verdicts = verdicts[len(group_pairs):]
-        rates = win_rates(group_pairs, group_verdicts, args.group_size, "D" in weights, weights)
+        rates = win_rates(group_pairs, group_verdicts, args.group_size, weights)
         advantages.append(group_advantages(rates, args.alpha, args.std_floor))
         rollout.counts.update(verdicts=len(group_pairs), ties=rates.num_ties,
                               undecided=rates.num_undecided, decided=rates.num_decided,
                               first_wins=rates.first_position_wins)
     return advantages
 
-
 def reward_numbers(rollouts, args):
     """{name: number} of the answers about a step's groups, all ranks together. RuntimeError, on all
     of them: too many verdicts are undecided or too many scores missing."""
-    counts = Counter(verdicts=0, ties=0, undecided=0, judge_failures=0, first_wins=0, decided=0,
-                     scores=0, missing=0)
+    counts = Counter(verdicts=0, ties=0, undecided=0, first_wins=0, decided=0, scores=0, missing=0)
     texts = []
     for rollout in rollouts:
         counts.update(rollout.counts)
@@ -283,35 +241,22 @@ def reward_numbers(rollouts, args):
             raise RuntimeError(f"{counts[bad]:.0f} of {counts[answers]:.0f} {answers} are {bad}, "
                                f"more than --max-parse-fail {args.max_parse_fail}. One of them:\n"
                                f"{texts[0][:2000]}")
-    for name, number in counts.items():
-        if name in ("ties", "undecided", "judge_failures"):
-            counts[name] = number / max(counts["verdicts"], 1)
-        if name.startswith("reward/"):
-            counts[name] = number / (args.num_prompts * args.group_size)
+    for name in ("ties", "undecided", "judge_failures"):
+        counts[name] /= max(counts["verdicts"], 1)
     counts["first_position_share"] = counts.pop("first_wins") / max(counts.pop("decided"), 1)
     counts["judge_s"] /= get_world_size()
     return counts
 
-
-# ------------------------------------------------------------------------------------------------
-# The objective
-
-def log_prob(x, mean, std):
-    """(B,) Gaussian log-density, averaged over the elements of each sample, in float32."""
-    density = -(x.float() - mean) ** 2 / (2 * std ** 2) - std.log() - 0.5 * math.log(2 * math.pi)
-    return density.flatten(1).mean(1)
-
-
+# ---------- The objective
 def policy_ratio(x_next, mean, old_mean, std, noise, ratio_norm):
-    """(B,) pi(x_next) / pi_old(x_next), from log-densities that are means over elements.
-
-    ratio_norm is GRPO-Guard's exp(mean(noise (mean - old_mean))) (arXiv 2510.22319): the log-ratio
-    without its quadratic term and times std, which makes all steps of the schedule count alike.
-    """
-    if ratio_norm:
-        return (noise * (mean - old_mean)).flatten(1).mean(1).exp()
-    return (log_prob(x_next, mean, std) - log_prob(x_next, old_mean, std)).exp()
-
+    """(B,) pi(x_next) / pi_old(x_next) of Gaussians of one std, from log-densities in float32 that
+    are means over elements. ratio_norm: GRPO-Guard's (arXiv 2510.22319), the log-ratio without its
+    quadratic term and times std, which makes all steps of the schedule count alike."""
+    log_ratio = noise * (mean - old_mean)
+    if not ratio_norm:
+        x = x_next.float()
+        log_ratio = ((x - old_mean) ** 2 - (x - mean) ** 2) / (2 * std ** 2)
+    return log_ratio.flatten(1).mean(1).exp()
 
 def grpo_loss(ratio, advantages, clip_range):
     """(losses (B,), whether each was clipped): max(-A r, -A clip(r, 1 +- clip_range)); equal
@@ -319,26 +264,15 @@ def grpo_loss(ratio, advantages, clip_range):
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantages * ratio, -advantages * clipped), ratio != clipped
 
-
 def gaussian_kl(mean, ref_mean, std):
     """(B,) KL between Gaussians of equal std, averaged over the elements of each sample."""
     return ((mean - ref_mean) ** 2 / (2 * std ** 2)).flatten(1).mean(1)
 
-
-def reference_mean(pipe, policy, rollout, i, args):
-    """(B, ...) sde_step's mean at step i of a rollout for the model without adapters; with --kl 0,
-    where it does not matter, for the policy that sampled."""
-    if args.kl == 0:
-        return rollout.means[i]
-    with torch.no_grad(), disable_lora(policy):
-        v = velocity_at(pipe, rollout, i, args)
-    return sde_step(rollout.sigmas, i, rollout.x[i], v, args.eta)[0]
-
-
 def check_ratio(ratio_errors, args, verbose):
     """The ranks' largest |ratio - 1| before a rollout's first update. RuntimeError, on all of them:
     it is not 0, so the policy that is trained is not the one that sampled."""
-    ratio_error = max(gather_list(ratio_errors))
+    ratio_errors = gather_list(ratio_errors)
+    ratio_error = max(ratio_errors)
     if verbose and get_rank() == 0:
         print(f"max |ratio - 1| at the first update: {ratio_error:.3g}", flush=True)
     tolerance = 1e-2 if args.bf16 else 1e-5
@@ -346,32 +280,28 @@ def check_ratio(ratio_errors, args, verbose):
         raise RuntimeError(
             f"max |ratio - 1| is {ratio_error:.3g} before the first update, more than {tolerance}: "
             "at the recorded latents the pipeline predicts something else than while it sampled. "
-            "Likely causes: guidance that depends on the step's number or on earlier steps, "
-            "timesteps that the pipeline cuts (strength), dropout, kernels whose results differ "
-            "from call to call. Switch them off, with --pipe-args where they are its arguments")
+            "Likely causes, to be switched off: guidance that depends on the step's number or on "
+            "earlier steps, timesteps cut by `strength`, dropout, nondeterministic kernels")
     return ratio_error
 
-
-# ------------------------------------------------------------------------------------------------
-# The loop
-
+# ---------- The loop
 def main(argv=None):
     args = parse_args(argv)
     device = setup_distributed(args)
 
-    # model and data
-    pipe = load_pipeline(args.model, device, weights_dtype(args, device), fsdp=args.fsdp,
-                         offload_encoders=args.offload_encoders)
+    # model, data, judge
+    pipe = load_pipeline(args.model, device, weights_dtype(args, device), fsdp=args.fsdp)
     records = read_records(args.data, "prompt")
     check_options(args, pipe, records)
     call = {**pipe.call_args, **args.pipe_args}
-    judge, rewards = open_rewards(args)
+    judge = open_judge(args)
+    rewards = load_rewards(args.reward, judge)
     policy = denoisers(pipe)
     prepare_training(policy, args, device)
     optimizers = make_optimizers(policy)
     base_media, before = evaluate_samples(pipe, args, call)
     start = load_checkpoint(args, policy, optimizers) if args.resume else 0
-    start_log(args, policy, f"judge {args.judge}, {args.num_prompts} x {args.group_size} samples")
+    start_log(args, policy, f"{args.reward} of {args.num_prompts} x {args.group_size} samples")
     jobs = start_judging(judge, rewards, args, device)
 
     for step in progress(start, args):
@@ -388,14 +318,15 @@ def main(argv=None):
         num_terms = args.num_prompts * args.group_size * args.sde_steps
         stats = Counter(loss=0.0, kl=0.0, clip_fraction=0.0)
         ratio_errors = []
-        lr = learning_rate(step, args)
         for update in range(args.updates):
             for rollout in rollouts:
                 advantages = rollout.advantages.result().to(device)             # (B,)
                 for i in range(args.sde_steps):
-                    ref_mean = reference_mean(pipe, policy, rollout, i, args)
-                    v = velocity_at(pipe, rollout, i, args)
-                    mean, std = sde_step(rollout.sigmas, i, rollout.x[i], v, args.eta)
+                    ref_mean = rollout.means[i]     # does not matter without KL
+                    if args.kl:
+                        with torch.no_grad(), disable_lora(policy):
+                            ref_mean, _ = mean_at(pipe, rollout, i, args)
+                    mean, std = mean_at(pipe, rollout, i, args)                 # (B, ...)
                     ratio = policy_ratio(rollout.x[i + 1], mean, rollout.means[i], std,
                                          rollout.noises[i], args.ratio_norm)
                     losses, clipped = grpo_loss(ratio, advantages, args.clip_range)
@@ -409,21 +340,21 @@ def main(argv=None):
                     ratio_errors.append((ratio - 1).abs().max().item())
             if update == 0:
                 ratio_error = check_ratio(ratio_errors, args, verbose=step == start)
+            lr = learning_rate(step, args)
             grad_norm = optimizer_step(policy, optimizers, lr)
 
         row = {name: value / args.updates for name, value in sum_over_ranks(stats).items()}
-        row.update(reward_numbers(rollouts, args), ratio_error=ratio_error)
-        row.update(rollout_s=rollout_s, train_s=time.time() - started - rollout_s)
+        row.update(reward_numbers(rollouts, args), ratio_error=ratio_error, lr=lr,
+                   grad_norm=grad_norm, rollout_s=rollout_s, step_s=time.time() - started)
         if args.eval_every and (step + 1) % args.eval_every == 0:
             numbers = evaluate(pipe, judge, base_media, args, call, step)
             row.update({f"held_out_{name}": number for name, number in numbers.items()})
-        log_row(args, step, {**row, "lr": lr, "grad_norm": grad_norm})
+        log_row(args, step, row)
         save_checkpoint(args, step, policy, optimizers)
 
     save_generator(args, pipe, call)
     after = evaluate(pipe, judge, base_media, args, call)
     finish_log(args, {"before": {**before, "win_rate": 0.5}, "after": after})
-
 
 def check_options(args, pipe, records):
     """ValueError: options that do not fit each other, the prompts or the pipeline."""
@@ -431,8 +362,8 @@ def check_options(args, pipe, records):
         raise ValueError(f"{args.model} predicts {prediction_type(pipe)}: the stochastic sampler "
                          "needs a flow-matching pipeline")
     if args.kl and not args.lora_rank:
-        raise ValueError("--kl needs adapters, without which the model is the reference: pass "
-                         "--lora-rank, or --kl 0")
+        raise ValueError("--kl is the distance to the model without adapters: pass --lora-rank, or "
+                         "--kl 0")
     if args.eta <= 0 or args.sde_steps <= 0:
         raise ValueError("without noise the samples of a group are equal: --eta and --sde-steps "
                          "must be above 0")
@@ -445,40 +376,29 @@ def check_options(args, pipe, records):
         raise ValueError(f"--batch-size {args.batch_size}: pass a multiple or a divisor of "
                          f"--group-size {args.group_size}, a divisor where prompts have sources")
 
-
-def open_rewards(args):
-    """(judge or None, [Reward, ...]) of --reward, whose judge is --judge or the newest in out/."""
-    judge = None
-    if args.judge or needs_judge(args.reward):
-        args.judge = str(args.judge or latest_judge())
+def open_judge(args):
+    """The judge of --reward, None where no reward asks one."""
+    if re.search("(^|,) *(flex|score) *(:|,|$)", args.reward):
         template = args.template and Path(args.template).read_text(encoding="utf-8")
-        judge = load_judge(args.judge, template=template, max_new_tokens=args.max_new_tokens)
-    return judge, load_rewards(args.reward, judge)
-
+        return load_judge(args.judge, template=template, max_new_tokens=args.max_new_tokens)
 
 def evaluate(pipe, judge, base_media, args, call, step=None):
     """{name: number} of held-out samples, after a step of the first NUM_COMPARED prompts: what
     --watch measures, and the judge's win rate of NUM_COMPARED over the base's of equal seeds."""
     num = None if step is None else NUM_COMPARED
-    page = "before_after.html" if step is None else f"samples_{step + 1:06d}.html"
-    media, numbers = evaluate_samples(pipe, args, call, num)
-    records = read_records(args.eval_data, "prompt")[:NUM_COMPARED]
+    media, numbers = evaluate_samples(pipe, args, call, base_media, num)
+    if judge is None:
+        return numbers
     rng = random.Random(args.seed)
-    figures = []
     pairs = []
     questions = []
+    records = read_records(args.eval_data, "prompt")[:NUM_COMPARED]
     for record, *candidates in zip(records, media, base_media):
         pairs.append(rng.choice([(0, 1), (1, 0)]))
         frames = [load_media(candidates[item]) for item in pairs[-1]]
         questions.append(Comparison(record["prompt"], *frames))
-        figures += [(f"before: {record['prompt']}", candidates[1], False),
-                    ("after", candidates[0], False)]
-    write_html(args, page, "held-out samples before and after training", figures[:64])
-    if judge is not None:
-        verdicts = [parse_verdict(text) for text in split_over_ranks(judge, questions)]
-        numbers["win_rate"] = win_rates(pairs, verdicts, num_items=2).overall[0].item()
-    return numbers
-
+    verdicts = [parse_verdict(text) for text in split_over_ranks(judge, questions)]
+    return {**numbers, "win_rate": win_rates(pairs, verdicts, 2).overall[0].item()}
 
 if __name__ == "__main__":
     main()

@@ -7,28 +7,12 @@
         --eval-data pairs.jsonl --optim adamw --lr 2.5e-6 --batch-size 1 --accumulation 4 --fsdp
 
 The file opens with the stage. What all stages share lies after main(): the toolbox (ranks, LoRA,
-optimizers, checkpoints, log) and the driver (a diffusers pipeline as a policy), which dpo.py and
-grpo.py import.
-
+optimizers, checkpoints, log), which dpo.py and grpo.py import.
 Shapes: B records, T tokens, N response tokens, V vocabulary, H hidden size; (...) latents.
 """
-import argparse
-import contextlib
-import copy
-import functools
-import hashlib
-import inspect
-import json
-import math
-import os
-import pickle
-import random
-import re
-import resource
-import shutil
-import subprocess
-import time
+import argparse, contextlib, functools, json, math, os, re, resource, shutil, subprocess, time
 import warnings
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,8 +22,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from einops import rearrange
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -49,53 +31,40 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-
-from data import (WINNERS, batch_indices, comparison, encode, encode_records, read_records,
-                  source_images)
-from reward import (Candidate, Comparison, LocalJudge, evaluate_judge, measure, report_html,
-                    verdict_html)
+from data import (as_question, batch_indices, denoisers, encode, encode_records, evaluate_judge,
+                  load_pipeline, predict, prediction_type, read_records, sample_media,
+                  seeded_generator, seeded_noise, unguided)
+from reward import (Candidate, Comparison, LocalJudge, format_verdict, load_function, load_media,
+                    parse_score, report_html)
 
 DEFAULTS = {
     "judge": {
-        "model": "out/toy/judge", "data": "out/toy/traces.jsonl",
-        "eval_data": "out/toy/pairs_test.jsonl", "out": "out/judge-sft",
-        "lr": 2e-3, "max_steps": 1200, "batch_size": 16},
+        "model": "out/toy/judge", "data": "out/toy/traces.jsonl", "out": "out/judge-sft",
+        "eval_data": "out/toy/pairs_test.jsonl", "lr": 2e-3, "max_steps": 1200, "batch_size": 16},
     "generator": {
-        "model": "out/toy/generator", "data": "out/toy/images.jsonl",
-        "eval_data": "out/toy/prompts_test.txt", "out": "out/generator-sft",
-        "lr": 4e-3, "max_steps": 750, "batch_size": 128},
-}
-
+        "model": "out/toy/generator", "data": "out/toy/images.jsonl", "out": "out/generator-sft",
+        "eval_data": "out/toy/prompts_test.txt", "lr": 4e-3, "max_steps": 750, "batch_size": 128}}
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    # model
     add("--task", choices=["judge", "generator"], default="judge", help="what is trained")
     add("--model", help="folder or hub id to start from  [out/toy/judge, out/toy/generator]")
     add("--template", help="file with the judge's instruction, holding {prompt}  [the model's own]")
-    # data
     add("--data", help="JSONL of traces (judge) or of captioned images (generator)")
     add("--eval-data", help="held-out pairs (judge) or prompts (generator)")
-    add("--watch", default="tests/toy_oracle.py:true",
-        help="generator: what is measured on its samples, FILE.py:function, clip or none")
-    # generator
-    add("--pipe-args", type=parse_pipe_arg, nargs="*", default=[],
-        help="key=value of the pipeline's call, as height=512")
+    add("--watch", default="tests/toy_oracle.py:true", help="measures held-out samples, or none")
+    add("--pipe-args", type=json.loads, default={}, help='of its call, as {"height": 512}')
     add("--sigma-mean", type=float, default=1.5, help="noise levels are sigmoid(N(this, 1))")
-    # lora
     add("--lora-rank", type=int, default=0, help="0: the weights themselves are trained")
-    add("--lora-alpha", type=float, help="adapters are scaled by alpha / rank  [the rank]")
-    add("--targets", help="regex: the linear layers with adapters or, without LoRA, what trains")
-    # optim
+    add("--targets", help="regex: the linear layers with adapters  [all in the blocks]")
     add("--optim", choices=["adamw", "muon"], default="muon")
     add("--lr", type=float, help="peak learning rate  [judge 2e-3, generator 4e-3]")
     add("--warmup-steps", type=int, default=60)
     add("--max-steps", type=int, help="optimizer steps  [judge 1200, generator 750]")
     add("--batch-size", type=int, help="records per rank and micro-step  [judge 16, generator 128]")
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
-    # run
     add("--bf16", action=flag, default=has_bf16(), help="compute in bfloat16, train in float32")
     add("--fsdp", action=flag, default=False, help="shard the model across ranks (FSDP2)")
     add("--grad-ckpt", action=flag, default=False, help="activation checkpointing")
@@ -103,21 +72,16 @@ def parse_args(argv=None):
     add("--out", help="run folder  [out/judge-sft, out/generator-sft]")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
-    return finish_args(parser.parse_args(argv), DEFAULTS)
+    parser.set_defaults(**DEFAULTS[parser.parse_known_args(argv)[0].task])
+    return parser.parse_args(argv)
 
-
-# ------------------------------------------------------------------------------------------------
-# The judge: cross-entropy on the response
-
+# ---------- The judge: cross-entropy on the response
 def response_loss(model, batch):
-    """Cross-entropy (nats) summed over the response tokens of a batch of `encode`.
-
-    Only labelled positions go through the output layer: the logits (B, T, V) never exist at once.
-    """
+    """Cross-entropy (nats) summed over the response tokens of a batch of `encode`. Only they go
+    through the output layer: the logits (B, T, V) never exist at once."""
     hidden, labels = response_states(model, batch)
     is_response = labels != -100
     return -token_logps(model, hidden[is_response], labels[is_response]).sum()
-
 
 def main(argv=None):
     args = parse_args(argv)
@@ -161,26 +125,38 @@ def main(argv=None):
         save_checkpoint(args, step, model, optimizers)
 
     save_judge(args, judge)
-    numbers = evaluate_folder(Path(args.out, "model"), args, device)
-    finish_log(args, {"after": numbers})
+    finish_log(args, {"after": evaluate_folder(Path(args.out, "model"), args, device)})
 
-
-# ------------------------------------------------------------------------------------------------
-# The generator: flow matching
-
-def flow_matching_loss(v, x0, noise):
-    """(B,) mean squared error of the velocity v, whose target is noise - x0 (arXiv 2210.02747)."""
-    return (v.float() - (noise - x0)).pow(2).flatten(1).mean(1)
-
+# ---------- The generator: denoising
+def add_noise(pipe, x0, args, step, indices):
+    """(x, t, target): clean latents x0 (B, ...) at random noise levels, their timesteps (B,), and
+    what the denoiser should predict there, for flow matching the velocity noise - x0 (arXiv
+    2210.02747). Noise and level are functions of (seed, step, index), whatever rank asks."""
+    kind = prediction_type(pipe)
+    num_timesteps = pipe.scheduler.config.num_train_timesteps
+    noise = torch.stack([seeded_noise(x0.shape[1:], args.seed, step, i) for i in indices])
+    if kind == "flow":
+        logits = torch.stack([seeded_noise((), args.seed, step, i, "sigma") for i in indices])
+        sigma = (logits + args.sigma_mean).sigmoid()
+        alpha = 1 - sigma
+        t = sigma * num_timesteps
+    else:
+        generators = [seeded_generator(args.seed, step, i, "t") for i in indices]
+        t = torch.cat([torch.randint(num_timesteps, (1,), generator=g) for g in generators])
+        signal = pipe.scheduler.alphas_cumprod.cpu()[t]
+        alpha = signal.sqrt()
+        sigma = (1 - signal).sqrt()
+    noise, t, alpha, sigma = [tensor.to(x0.device) for tensor in (noise, t, alpha, sigma)]
+    alpha = alpha.view(-1, *[1] * (x0.ndim - 1))
+    sigma = sigma.view(-1, *[1] * (x0.ndim - 1))
+    targets = {"flow": noise - x0, "epsilon": noise, "v_prediction": alpha * noise - sigma * x0}
+    return alpha * x0 + sigma * noise, t, targets[kind]
 
 def train_generator(args, device):
     # model
     pipe = load_pipeline(args.model, device, weights_dtype(args, device), fsdp=args.fsdp)
-    if prediction_type(pipe) != "flow":
-        raise ValueError(f"{args.model} predicts {prediction_type(pipe)}; sft.py trains "
-                         "flow-matching pipelines, dpo.py --task generator others too")
-    call = {**pipe.call_args, **args.pipe_args}
     policy = denoisers(pipe)
+    call = {**pipe.call_args, **args.pipe_args}
     prepare_training(policy, args, device)
     optimizers = make_optimizers(policy, args.optim)
     start = load_checkpoint(args, policy, optimizers) if args.resume else 0
@@ -197,12 +173,11 @@ def train_generator(args, device):
         for part in micro_batches(indices, args.batch_size):
             prompts = [records[i]["prompt"] for i in part]
             x0 = latents[part].to(device)                                       # (B, ...)
-            noise, sigma = draw_noise(x0, args, step, part)
-            level = sigma.view(-1, *[1] * (x0.ndim - 1))
-            x = (1 - level) * x0 + level * noise
+            x, t, target = add_noise(pipe, x0, args, step, part)
             with autocast(args, device):
-                v = velocity(pipe, x, sigma, prompt=prompts, **unguided(pipe, call))
-            loss = flow_matching_loss(v, x0, noise).sum() / per_step
+                prediction = predict(pipe, x, t, prompt=prompts, **unguided(pipe, call))
+            errors = (prediction.float() - target).pow(2).flatten(1).mean(1)    # (B,)
+            loss = errors.sum() / per_step
             loss.backward()
             loss_sum += loss.item()
         lr = learning_rate(step, args)
@@ -213,39 +188,14 @@ def train_generator(args, device):
         save_checkpoint(args, step, policy, optimizers)
 
     save_generator(args, pipe, call)
-    media, numbers = evaluate_samples(pipe, args, call)
-    prompts = [record["prompt"] for record in read_records(args.eval_data, "prompt")[:64]]
-    figures = [(prompt, frames, False) for prompt, frames in zip(prompts, media)]
-    write_html(args, "samples.html", "held-out samples", figures)
-    finish_log(args, {"after": numbers})
+    finish_log(args, {"after": evaluate_samples(pipe, args, call)[1]})
 
-
-def draw_noise(x0, args, step, indices):
-    """(noise (B, ...), sigma (B,)), functions of (seed, step, record), whatever rank asks."""
-    noise = [seeded_noise(x0.shape[1:], args.seed, step, i) for i in indices]
-    logits = [seeded_noise((), args.seed, step, i, "sigma") + args.sigma_mean for i in indices]
-    return torch.stack(noise).to(x0), torch.stack(logits).sigmoid().to(x0)
-
-
-# ================================================================================================
-# Toolbox: what every stage needs and nobody tweaks per stage. First the ranks.
-
+# ========== Toolbox: what every stage needs and nobody tweaks per stage. First the ranks.
 def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
-
 def get_world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def finish_args(args, defaults):
-    """The options with the task's defaults filled in, and --pipe-args as a dict."""
-    for name, value in defaults[args.task].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.pipe_args = dict(args.pipe_args)
-    return args
-
 
 def setup_distributed(args):
     """This rank's device, in torchrun's process group or alone. SystemExit: inputs are missing."""
@@ -269,14 +219,12 @@ def setup_distributed(args):
         dist.init_process_group(backend, timeout=timedelta(hours=4))
     return device
 
-
 def gather_list(items):
-    """The lists of all ranks, concatenated in the order of the ranks."""
+    """The lists of all ranks, concatenated in the order of the ranks. Also a barrier."""
     parts = [list(items)] * get_world_size()
     if dist.is_initialized():
         dist.all_gather_object(parts, list(items))
     return sum(parts, [])
-
 
 def split_over_ranks(function, items):
     """The list function(items), of which every rank computes an equal share and gets all.
@@ -287,7 +235,6 @@ def split_over_ranks(function, items):
     results = gather_list(function(mine))
     return [results[i % world_size * num_rounds + i // world_size] for i in range(len(items))]
 
-
 def sum_over_ranks(numbers):
     """{name: sum over the ranks}, with one all-reduce; all ranks give the same names."""
     if not dist.is_initialized():
@@ -297,24 +244,12 @@ def sum_over_ranks(numbers):
     dist.all_reduce(values)
     return dict(zip(numbers, values.tolist()))
 
-
 def micro_batches(indices, batch_size):
     """This rank's share of a global batch, `batch_size` at a time."""
     mine = indices[get_rank()::get_world_size()]
     return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
 
-
-def reduce_gradients(params):
-    """Sum the gradients over the ranks (DDP). FSDP has summed its own, which are DTensors."""
-    for p in params if dist.is_initialized() else []:
-        if not isinstance(p, DTensor):
-            if p.grad is None:                       # unused on this rank; the others wait for it
-                p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad)
-
-
-# ---------------------------------------- models
-
+# ---------- models
 def repeated_blocks(model):
     """{name: block}, the members of a model's outermost nn.ModuleLists."""
     blocks = {}
@@ -323,7 +258,6 @@ def repeated_blocks(model):
         if isinstance(module, nn.ModuleList) and not name.startswith(outer):
             blocks.update({f"{name}.{i}": block for i, block in enumerate(module)})
     return blocks
-
 
 def shard_model(model, args, device):
     """Put the model on its device, a copy of rank 0's on every rank (DDP), or with --fsdp sharded:
@@ -344,28 +278,26 @@ def shard_model(model, args, device):
     register_fsdp_forward_method(model, "call")
     model.to(device)                                 # buffers; the shards are there already
 
-
 def call_sharded(model, function, *inputs):
     """function(model, *inputs) as one forward pass: FSDP gathers embeddings and head for it."""
     if isinstance(model, FSDPModule):
         return model.call(function, *inputs)
     return function(model, *inputs)
 
-
 def trainable(policy):
     return [p for p in policy.parameters() if p.requires_grad]
 
-
 def prepare_training(policy, args, device):
     """Choose what trains, set up activation checkpointing, shard. A generator's policy is an
-    nn.ModuleDict of its denoisers. ValueError: nothing would train."""
+    nn.ModuleDict of its denoisers."""
     if args.lora_rank:
-        add_lora(policy, args.lora_rank, args.lora_alpha or args.lora_rank, args.targets)
+        add_lora(policy, args.lora_rank, args.targets)
     elif args.targets:
-        for name, p in policy.named_parameters():
-            p.requires_grad_(bool(re.search(args.targets, name)))
-    if not trainable(policy):
-        raise ValueError(f"--targets {args.targets!r} matches no parameter: nothing would train")
+        raise ValueError("--targets chooses the layers with adapters: pass --lora-rank")
+    is_noised = "sigma_mean" in args                 # by add_noise; grpo.py's ranks go in step
+    if args.fsdp and is_noised and isinstance(policy, nn.ModuleDict) and len(policy) > 1:
+        raise ValueError("--fsdp: ranks at different noise levels would gather the shards of "
+                         "different experts. Train without it")
     for model in policy.values() if isinstance(policy, nn.ModuleDict) else [policy]:
         if args.grad_ckpt and hasattr(model, "gradient_checkpointing_enable"):  # transformers
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -373,27 +305,22 @@ def prepare_training(policy, args, device):
             model.enable_gradient_checkpointing()
         shard_model(model.train(), args, device)
 
-
 def has_bf16():
     """Whether this machine multiplies in bfloat16 natively."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
-
 def weights_dtype(args, device):
     """float32 for what trains, bfloat16 for what LoRA freezes on a GPU."""
     frozen = device.type == "cuda" and args.bf16 and args.lora_rank
     return torch.bfloat16 if frozen else torch.float32
 
-
 def autocast(args, device):
     """bfloat16 with --bf16; without autocast's cache, under which FSDP2 loses gradients."""
     return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
 
-
-# ---------------------------------------- the judge
-
+# ---------- the judge
 def load_trained_judge(args, device):
     """The LocalJudge that is trained, its weights on the CPU where they are to be sharded."""
     template = getattr(args, "template", None)
@@ -402,12 +329,10 @@ def load_trained_judge(args, device):
     judge.model.set_attn_implementation("sdpa" if device.type == "cuda" else "eager")
     return judge
 
-
 def encode_responses(judge, records, responses):
     """encode's batch for the judge's processor, wording and context length."""
     max_tokens = judge.model.config.get_text_config().max_position_embeddings
     return encode(judge.processor, records, responses, judge.templates[Comparison], max_tokens)
-
 
 def response_states(model, batch):
     """(hidden states (B, T-1, H), the labels (B, T-1) that they predict, -100 for none)."""
@@ -416,7 +341,6 @@ def response_states(model, batch):
     backbone = getattr(model, model.base_model_prefix)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     return hidden[:, :-1], labels[:, 1:]             # position t predicts token t + 1
-
 
 def token_logps(model, hidden, targets):
     """(N,) log-probabilities (nats, float32) of the tokens `targets` (N,), from the hidden states
@@ -428,30 +352,24 @@ def token_logps(model, hidden, targets):
             raise ValueError(f"{type(model).__name__} rescales its logits by {name}: not supported")
     if type(head) is not nn.Linear or head.bias is not None:
         raise ValueError(f"the output layer is {head}; expected nn.Linear, no bias, no adapter")
-    chunk = max(1, 2 ** 25 // head.out_features)     # 128 MiB of logits
-    logps = [checkpoint(chunk_logps, head, h, t, use_reentrant=False)
+    chunk = max(1, 3 * 2 ** 23 // head.out_features)     # 96 MiB of logits
+
+    def chunk_logps(hidden, targets):
+        return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+    logps = [checkpoint(chunk_logps, h, t, use_reentrant=False)
              for h, t in zip(hidden.split(chunk), targets.split(chunk))]
     return torch.cat(logps)
-
-
-def chunk_logps(head, hidden, targets):
-    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
-
 
 def evaluate_folder(folder, args, device):
     """{name: number} of a judge on the pairs of --eval-data, which the ranks share. The page
     args.out/verdict.html shows its first verdict beside the two images."""
-    pairs = read_records(args.eval_data, "pair")
-    labels = [WINNERS[pair["winner"]] for pair in pairs]
     ask = functools.partial(split_over_ranks, LocalJudge(folder, device=device))
-    result = evaluate_judge(ask, [comparison(pair) for pair in pairs], labels, random.Random(0))
-    question = comparison(pairs[0], swap=result["flipped"][0])
-    verdict = result["verdicts"][0]
+    numbers, (pair, swap, verdict) = evaluate_judge(ask, read_records(args.eval_data, "pair"))
+    question = as_question(pair, swap)
     figures = [("1", question.media_1, verdict.winner == 1),
                ("2", question.media_2, verdict.winner == 2)]
-    write_html(args, "verdict.html", question.prompt, figures, verdict_html(verdict))
-    return {name: x for name, x in result.items() if isinstance(x, (int, float))}
-
+    write_html(args, "verdict.html", "verdict", figures, format_verdict(verdict, question.prompt))
+    return numbers
 
 def save_judge(args, judge):
     """Write args.out/model, a folder for from_pretrained and servers with the wording of the
@@ -466,17 +384,88 @@ def save_judge(args, judge):
                 (folder / name).write_text(judge.templates[kind])
     gather_list([])                                  # wait until the files are there
 
+# ---------- the generator
+@dataclass
+class Reward:
+    weight: float
+    name: str
+    function: object        # function(media, prompts) -> B numbers; None for "flex", by comparisons
 
-# ---------------------------------------- LoRA
+def load_rewards(text, judge=None):
+    """[Reward, ...] of "flex:0.7,FILE.py:function:0.3". Names: flex, the verdicts on pairs; score,
+    the judge's pointwise scores; FILE.py:function; none. Weights default to 1."""
+    def scores(media, prompts):
+        questions = [Candidate(p, load_media(frames)) for p, frames in zip(prompts, media)]
+        values = [parse_score(text) for text in judge(questions)]
+        return [math.nan if value is None else value for value in values]
+    rewards = []
+    for part in text.split(",") if text != "none" else []:
+        name, weight = re.fullmatch(r"(.*?)(?::(-?\d*\.?\d+))?", part.strip()).groups()
+        function = {"flex": None, "score": scores}.get(name) or load_function(name)
+        if function is None and name != "flex":
+            raise ValueError(f"reward '{name}' is unknown; expected flex, score or "
+                             "FILE.py:function, and a weight as in flex:0.7")
+        rewards.append(Reward(float(weight or 1), name, function))
+    return rewards
 
+def reward_values(reward, media, prompts):
+    """{name: (B,) tensor} of a Reward's function, NaN for a missing value: its name and one number
+    an item, or what it names if it returns {name: numbers}. ValueError: something else."""
+    values = reward.function(media, prompts)
+    columns = dict(values) if isinstance(values, dict) else {reward.name: values}
+    for name, column in columns.items():
+        try:
+            columns[name] = torch.as_tensor(column, dtype=torch.float32).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            columns[name] = torch.zeros(0)
+        if columns[name].shape != (len(media),) or columns[name].isinf().any():
+            raise ValueError(f"reward {name} returned {str(column)[:500]} for {len(media)} items; "
+                             "expected one finite number (or NaN) for each")
+    return columns
+
+def evaluate_samples(pipe, args, call, before=None, num=None):
+    """(media, {name: mean}) of samples for the first `num` prompts of --eval-data, by default all,
+    measured by --watch. The page shows 32 of them, each after its sample in `before`."""
+    records = read_records(args.eval_data, "prompt")[:num]
+    prompts = [record["prompt"] for record in records]
+
+    def sample(indices):
+        seeds = [("held out", i) for i in indices]
+        return sample_media(pipe, [records[i] for i in indices], seeds, args.batch_size, call)
+    with autocast(args, pipe.device):
+        media = split_over_ranks(sample, range(len(records)))
+    figures = []
+    for i, prompt in enumerate(prompts[:32]):
+        if before:
+            figures.append((f"before: {prompt}", before[i], False))
+        figures.append(("after" if before else prompt, media[i], False))
+    write_html(args, "before_after.html" if before else "samples.html", "held out", figures)
+    numbers = {}
+    for reward in load_rewards(args.watch):
+        for name, values in reward_values(reward, media, prompts).items():
+            numbers[name] = values.nanmean().item()
+    return media, numbers
+
+def save_generator(args, pipe, call):
+    """Write args.out/model, the pipeline's folder with the trained denoisers and the call's
+    arguments in it, and args.out/adapter in diffusers' layout. All ranks call it."""
+    policy = denoisers(pipe)
+    folder = Path(args.out, "model")
+    save_adapter(args, policy, "", "pytorch_lora_weights.safetensors")
+    if get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(pipe.folder, folder, ignore=shutil.ignore_patterns(*policy))
+        (folder / "pipe_args.json").write_text(json.dumps(call))
+    for name, model in policy.items():
+        save_merged(model, folder / name)
+    gather_list([])                                  # wait until the files are there
+
+# ---------- LoRA
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / rank) B A x, W frozen; B = 0 at first, so y = W x (arXiv 2106.09685)."""
-
-    def __init__(self, base, rank, alpha):
+    """y = W x + B A x, W frozen; B = 0 at first, so y = W x (arXiv 2106.09685, alpha = rank)."""
+    def __init__(self, base, rank):
         super().__init__()
         self.base = base
-        self.rank = rank
-        self.scale = alpha / rank
         self.enabled = True
         options = {"device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **options))
@@ -493,13 +482,11 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return y
         update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return y + (self.scale * update).to(y.dtype)
-
+        return y + update.to(y.dtype)
 
 NO_LORA = r"norm|modulation|adaln|(^|\.)(visual|vision_\w+|image_encoder)\."
 
-
-def add_lora(model, rank, alpha, targets=None):
+def add_lora(model, rank, targets=None):
     """Freeze the model and put adapters on every nn.Linear whose full name matches `targets`, by
     default on those of the repeated blocks but norms, modulation and vision encoders."""
     model.requires_grad_(False)
@@ -511,14 +498,12 @@ def add_lora(model, rank, alpha, targets=None):
     if not names:
         raise ValueError(f"--targets {targets!r} matches none of {len(linear)} linear layers")
     for name in names:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank))
     if get_rank() == 0:
         print(f"LoRA on {len(names)} of {len(linear)} linear layers", flush=True)
 
-
 def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-
 
 @contextlib.contextmanager
 def disable_lora(policy):
@@ -533,14 +518,12 @@ def disable_lora(policy):
         for layer in layers:
             layer.enabled = True
 
-
 def save_adapter(args, policy, prefix, filename):
-    """Write the adapters, if any, to args.out/adapter in the layout of PEFT or diffusers.
-    alpha / rank is folded into B and alpha = rank written, as readers disagree about alpha."""
+    """Write the adapters, if any, to args.out/adapter in the layout of PEFT or diffusers."""
     tensors = {}
     layers = lora_layers(policy)
     for name, layer in layers.items():
-        for part, x in {"lora_A": layer.lora_A, "lora_B": layer.lora_B * layer.scale}.items():
+        for part, x in {"lora_A": layer.lora_A, "lora_B": layer.lora_B}.items():
             x = x.full_tensor() if isinstance(x, DTensor) else x
             tensors[f"{prefix}{name}.{part}.weight"] = x.detach().cpu().contiguous()
     if layers and get_rank() == 0:
@@ -551,74 +534,61 @@ def save_adapter(args, policy, prefix, filename):
                   "bias": "none", "target_modules": sorted(layers)}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
-
-def merged_state_dict(model):
-    """{name: tensor on the CPU}, adapters merged and shards gathered, on rank 0; {} elsewhere."""
+def save_merged(model, folder):
+    """model.save_pretrained(folder), adapters merged and shards gathered. All ranks call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
-    for name, layer in lora_layers(model).items() if state else []:
-        update = layer.scale * state.pop(f"{name}.lora_B") @ state.pop(f"{name}.lora_A")
+    state = get_model_state_dict(model, options=options)        # {} but on rank 0
+    for name in lora_layers(model) if state else []:
+        update = state.pop(f"{name}.lora_B") @ state.pop(f"{name}.lora_A")
         weight = state[f"{name}.base.weight"]
         state[f"{name}.base.weight"] = (weight.float() + update).to(weight.dtype)
-    return {re.sub(r"\.base\.(weight|bias)$", r".\1", name): x for name, x in state.items()}
-
-
-def save_merged(model, folder):
-    """model.save_pretrained(folder) of the merged_state_dict. All ranks call it."""
-    state = merged_state_dict(model)
+    state = {re.sub(r"\.base\.(weight|bias)$", r".\1", name): x for name, x in state.items()}
     if get_rank() == 0:
         model.state_dict = lambda *args, **kwargs: state        # what save_pretrained writes
         model.save_pretrained(folder)
         del model.state_dict
 
-
-# ---------------------------------------- optimization
-
+# ---------- optimization
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with nearly orthogonal updates, by Newton-Schulz iterations, at the RMS of
-    AdamW's (arXiv 2502.16982). torch.optim.Muon multiplies in bfloat16 on any machine, which takes
-    most of a step on a CPU without it; here it is float32 there."""
-
+    AdamW's (arXiv 2502.16982). torch.optim.Muon takes bfloat16 also on CPUs that lack it."""
     def __init__(self, params, weight_decay):
         super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay})
         self.dtype = torch.bfloat16 if has_bf16() else torch.float32
 
     @torch.no_grad()
     def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
-                x = p.grad.lerp(momentum, 0.95).to(self.dtype)
-                x = x.T if len(x) > len(x.T) else x
-                x = x / x.norm().clamp(min=1e-7)
-                for _ in range(5):                   # singular values go to about 1
-                    gram = x @ x.T
-                    poly = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-                    x = torch.addmm(x, poly, x, beta=3.4445)
-                update = x if x.shape == p.shape else x.T
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))
-
+        group = self.param_groups[0]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 0.05)
+            x = p.grad.lerp(momentum, 0.95).to(self.dtype)
+            x = x.T if len(x) > len(x.T) else x
+            x = x / x.norm().clamp(min=1e-7)
+            for _ in range(5):                       # singular values go to about 1
+                gram = x @ x.T
+                poly = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+                x = torch.addmm(x, poly, x, beta=3.4445)
+            update = x if x.shape == p.shape else x.T
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))
 
 def make_optimizers(policy, kind="adamw"):
-    """[AdamW]; with "muon" [Muon for the matrices of numbered blocks, AdamW]. optimizer_step sets
-    the learning rate."""
+    """[AdamW]; with "muon" [Muon for the matrices of numbered blocks, AdamW for the rest].
+    optimizer_step sets the learning rate."""
     params = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if kind == "muon" and any(isinstance(p, DTensor) for p in params.values()):
         raise ValueError("Muon needs whole matrices and --fsdp shards them: pass --optim adamw")
-    matrices, rest = [], []
-    for name, p in params.items():
-        in_block = p.ndim == 2 and re.search(r"\.\d+\.", name)
-        (matrices if kind == "muon" and in_block else rest).append(p)
+    matrices = [p for name, p in params.items()
+                if kind == "muon" and p.ndim == 2 and re.search(r"\.\d+\.", name)]
+    rest = [p for p in params.values() if all(p is not matrix for matrix in matrices)]
     optimizers = [Muon(matrices, weight_decay=0.01)] if matrices else []
     if rest:
         adamw = torch.optim.AdamW(rest, 0.0, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.01)
         optimizers.append(adamw)
     return optimizers
-
 
 def learning_rate(step, args):
     """Linear warm-up times a cosine from args.lr to 2 % of it."""
@@ -626,11 +596,15 @@ def learning_rate(step, args):
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / args.max_steps)
     return args.lr * warmup * (0.02 + 0.98 * cosine)
 
-
 def optimizer_step(policy, optimizers, lr, max_norm=1.0):
-    """Sum gradients over ranks, clip, step, zero; returns the norm before clipping."""
+    """Sum gradients over ranks (FSDP has summed its own, which are DTensors), clip, step, zero;
+    returns the norm before clipping."""
     params = trainable(policy)
-    reduce_gradients(params)
+    for p in params if dist.is_initialized() else []:
+        if not isinstance(p, DTensor):
+            if p.grad is None:                       # unused on this rank; the others wait for it
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad)
     norm = nn.utils.clip_grad_norm_(params, max_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):
@@ -642,14 +616,11 @@ def optimizer_step(policy, optimizers, lr, max_norm=1.0):
         optimizer.zero_grad(set_to_none=True)
     return norm
 
-
-# ---------------------------------------- checkpoints and the log
-
+# ---------- checkpoints and the log
 def training_state(policy, optimizers):
     options = StateDictOptions(ignore_frozen_params=True)
     weights, optimizer_state = get_state_dict(policy, optimizers, options=options)
     return {"weights": weights, "optimizers": optimizer_state}
-
 
 def save_checkpoint(args, step, policy, optimizers):
     """Write args.out/step_000123/ every --save-every steps, at the last step, and at the first, so
@@ -670,10 +641,9 @@ def save_checkpoint(args, step, policy, optimizers):
             shutil.rmtree(old)
     gather_list([])
 
-
 def load_checkpoint(args, policy, optimizers):
     """Restore the newest checkpoint in args.out and return its step, 0 where there is none.
-    ValueError: it was made with other options."""
+    ValueError: it was made with other options, or is damaged."""
     newest = max(Path(args.out).glob("step_*"), default=None)
     if newest is None:
         print(f"--resume: no checkpoint in {args.out}, starting from the first step", flush=True)
@@ -690,11 +660,10 @@ def load_checkpoint(args, policy, optimizers):
     except dcp.api.CheckpointException as error:
         raise ValueError(f"--resume: {newest} is damaged. Remove it to resume from the one before "
                          f"({str(error)[-300:]})") from None
+    options = StateDictOptions(strict=False)                    # frozen weights are not in it
     set_state_dict(policy, optimizers, model_state_dict=state["weights"],
-                   optim_state_dict=state["optimizers"],
-                   options=StateDictOptions(strict=False))      # frozen weights are not in it
+                   optim_state_dict=state["optimizers"], options=options)
     return int(newest.name.removeprefix("step_"))
-
 
 def start_log(args, policy, description):
     """Begin args.out/log.jsonl, or go on with it, by a row of options, version and commit."""
@@ -702,21 +671,18 @@ def start_log(args, policy, description):
         return
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        (out / "log.jsonl").unlink(missing_ok=True)
-        for old in out.glob("step_*"):
-            print(f"{old} of an earlier run is removed", flush=True)
-            shutil.rmtree(old)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    row = {"args": vars(args), "torch": torch.__version__, "device": device,
-           "commit": commit.strip()}
-    with open(out / "log.jsonl", "a") as file:
-        file.write("\n" + json.dumps(row) + "\n")    # a killed run may have left half a line
-    num_params = sum(p.numel() for p in trainable(policy)) / 1e6
-    print(f"{num_params:.2f}M trained parameters, {description} on {get_world_size()} ranks",
-          flush=True)
+    for old in [*out.glob("log.jsonl"), *out.glob("step_*")] if not args.resume else []:
+        print(f"{old} of an earlier run is removed", flush=True)
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    append_log(args, {"args": vars(args), "torch": torch.__version__, "commit": git.stdout.strip()})
+    num = sum(p.numel() for p in trainable(policy)) / 1e6
+    print(f"{num:.2f}M trained parameters, {description}, {get_world_size()} ranks", flush=True)
 
+def append_log(args, row):
+    with open(Path(args.out, "log.jsonl"), "a") as file:
+        start = "\n" if "args" in row else ""        # a killed run may have left half a line
+        file.write(start + json.dumps(row) + "\n")
 
 def progress(start, args):
     """The steps that are left, with a progress bar. Every step seeds torch anew, for dropout, so
@@ -726,311 +692,29 @@ def progress(start, args):
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + get_rank())
         yield step
 
-
 def log_row(args, step, numbers):
-    """Append a row to the log; of a step that a resumed run repeats, the last row counts."""
+    """Append a row to the log; of a step that a resumed run repeats, the last row counts. peak_gib:
+    the most memory this process has had, the GPU's where there is one."""
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    if torch.cuda.is_available():
+        peak_gib = torch.cuda.max_memory_allocated() / 2 ** 30
     if get_rank() == 0:
-        row = {"step": step + 1, **numbers, "time": time.time(), "peak_gib": peak_gib()}
-        with open(Path(args.out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(row) + "\n")
-
+        append_log(args, {"step": step + 1, **numbers, "time": time.time(), "peak_gib": peak_gib})
 
 def finish_log(args, columns):
     """Print and log {"before": {name: number}, "after": {...}}."""
-    if get_rank() > 0:
-        return
-    with open(Path(args.out, "log.jsonl"), "a") as file:
-        file.write(json.dumps(columns) + "\n")
-    print(" " * 24 + "".join(f"{title:>9s}" for title in columns))
-    for name in columns["after"]:
-        cells = [f"{numbers[name]:9.3f}" for numbers in columns.values()]
-        print(f"  {name:22s}" + "".join(cells))
-    print(f"the model, log.jsonl and pages to look at are in {args.out}/")
+    if get_rank() == 0:
+        append_log(args, columns)
+        for name in columns["after"]:
+            cells = [f"{title} {numbers[name]:.3f}  " for title, numbers in columns.items()]
+            print(f"  {name:22s}" + "".join(cells))
+        print(f"the model, log.jsonl and pages to look at are in {args.out}/")
 
-
-def peak_gib():
-    """The most memory this process has had, in GiB: the GPU's where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-
-
-def write_html(args, name, title, figures, page=""):
-    """args.out/name: a figure for each (caption, frames, whether it won), then `page`."""
+def write_html(args, name, title, figures, text=""):
+    """args.out/name: a figure for each (caption, frames, whether it won), then the text."""
     if get_rank() == 0:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        Path(args.out, name).write_text(report_html(title, figures, page), errors="replace")
-
-
-# ================================================================================================
-# Driver: a diffusers pipeline as the policy; guidance and conditioning stay the pipeline's own.
-
-class StopPipeline(Exception):
-    """Raised by a step function to leave the pipeline before it decodes."""
-
-
-class PolicyScheduler:
-    """Stands in for pipe.scheduler: the stock schedule, but step_fn(i, x, v), if there is one,
-    returns the next latents, and given_timesteps, (S,) or (S, B), replace the schedule's."""
-
-    def __init__(self, scheduler):
-        self.scheduler = scheduler
-        self.step_fn = None
-        self.given_timesteps = None
-
-        @functools.wraps(scheduler.set_timesteps)    # pipelines inspect its signature
-        def set_timesteps(*args, **kwargs):
-            scheduler.set_timesteps(*args, **kwargs)
-            self.timesteps = self.given_timesteps
-            if self.timesteps is None:
-                self.timesteps = scheduler.timesteps
-            self.i = -1
-
-        @functools.wraps(scheduler.step)
-        def step(v, timestep, x, *args, **kwargs):
-            if self.step_fn is None:
-                return scheduler.step(v, timestep, x, *args, **kwargs)
-            self.i += 1
-            x = self.step_fn(self.i, x, v)
-            return SchedulerOutput(prev_sample=x) if kwargs.get("return_dict", True) else (x,)
-
-        self.set_timesteps = set_timesteps
-        self.step = step
-
-    def __getattr__(self, name):                     # config, sigmas, order, ...
-        return getattr(self.__dict__["scheduler"], name)
-
-    def scale_model_input(self, x, timestep=None):   # what a step function sees is scaled already
-        if self.step_fn or not hasattr(self.scheduler, "scale_model_input"):
-            return x
-        return self.scheduler.scale_model_input(x, timestep)
-
-
-def prediction_type(pipe):
-    """What the denoiser predicts: "flow" (the velocity noise - x0), "epsilon", "v_prediction"..."""
-    scheduler = getattr(pipe.scheduler, "scheduler", pipe.scheduler)
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    is_flow = "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction"
-    return "flow" if is_flow else kind
-
-
-def denoisers(pipe):
-    """nn.ModuleDict of what is trained in a pipeline: its transformers or its UNet."""
-    parts = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet")}
-    return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
-
-
-def load_pipeline(path, device, dtype=torch.float32, **options):
-    """The pipeline in a folder or hub repository, driven by a PolicyScheduler; `options` of drive.
-
-    pipe.call_args are the arguments of its call that lie in its folder as pipe_args.json.
-    """
-    local = Path(path).is_dir()                      # whose own code (*.py) is trusted
-    folder = path if local else diffusers.DiffusionPipeline.download(path)
-    in_turn = local and any(Path(folder).glob("*/*.py"))        # diffusers copies it to one place
-    for turn in range(get_world_size() if in_turn else 1):
-        if not in_turn or turn == get_rank():
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                folder, torch_dtype=dtype, trust_remote_code=local)
-        if in_turn:
-            gather_list([])
-    pipe.folder = folder
-    call_args = Path(folder, "pipe_args.json")
-    pipe.call_args = json.loads(call_args.read_text()) if call_args.exists() else {}
-    return drive(pipe, device, **options)
-
-
-def drive(pipe, device, offload_encoders=False, fsdp=False):
-    """The pipeline on its device, all but its denoisers frozen, its scheduler, first latents and
-    prompt encoder wrapped. With fsdp the denoisers stay on the CPU until shard_model.
-
-    ValueError: a pipeline whose latents move in another way than by one scheduler.step, or that is
-    offloaded by hooks, under which nothing gets a gradient.
-    """
-    name = type(pipe).__name__
-    source = inspect.getsource(inspect.unwrap(type(pipe).__call__))
-    if source.count("scheduler.step(") != 1 or "deepcopy(self.scheduler)" in source:
-        raise ValueError(f"{name} calls scheduler.step at several places or copies the scheduler; "
-                         "the driver stands in for one call")
-    for method in ("prepare_latents", "encode_prompt"):
-        if not hasattr(pipe, method):
-            raise ValueError(f"{name} has no {method}, which the driver wraps")
-    policy = denoisers(pipe)
-    if any(hasattr(module, "_hf_hook") for module in policy.modules()):
-        raise ValueError(f"{name} is offloaded by hooks and would get no gradient: load it without")
-    encoders = {}
-    for part, module in pipe.components.items():
-        if isinstance(module, nn.Module):
-            module.requires_grad_(part in policy).eval()
-            if not (fsdp and part in policy):
-                module.to(device)
-            if device.type == "cpu" and part in policy:
-                module.set_attention_backend("_native_math")    # faster for a few tokens
-            if offload_encoders and part.startswith("text_encoder"):
-                encoders[part] = module
-    vars(pipe)["scheduler"] = PolicyScheduler(pipe.scheduler)   # setattr would register it
-    pipe.first_latents = None
-    pipe.prepare_latents = functools.partial(prepare_latents, pipe, pipe.prepare_latents)
-    pipe.encode_prompt = functools.partial(
-        encode_prompt, pipe, pipe.encode_prompt, {}, encoders, device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def prepare_latents(pipe, stock, *args, **kwargs):
-    """pipe.first_latents, or the pipeline's own in float32, to whose type timesteps are rounded."""
-    output = stock(*args, **kwargs)
-    latents, *rest = output if isinstance(output, tuple) else [output]
-    if pipe.first_latents is None:
-        latents = latents.float()
-    elif pipe.first_latents.shape == latents.shape:
-        latents = pipe.first_latents
-    else:
-        raise ValueError(f"latents of shape {tuple(pipe.first_latents.shape)}, but this call makes "
-                         f"{tuple(latents.shape)}: give --pipe-args the media's height, width and "
-                         "num_frames")
-    return (latents, *rest) if isinstance(output, tuple) else latents
-
-
-@torch.no_grad()
-def encode_prompt(pipe, stock, memory, offloaded, device, /, *args, **kwargs):
-    """The pipeline's own, remembered for 32 calls; `offloaded` encoders are on the device only
-    while they encode."""
-    key = pickle.dumps((args, kwargs))
-    if key not in memory:
-        vars(pipe).update({name: encoder.to(device) for name, encoder in offloaded.items()})
-        memory[key] = stock(*args, **kwargs)
-    for name, encoder in offloaded.items():
-        encoder.to("cpu")
-        vars(pipe)[name] = None                      # or the pipeline's device would be the CPU
-    if len(memory) > 32:
-        memory.pop(next(iter(memory)))
-    return memory[key]
-
-
-def run_pipeline(pipe, step_fn=None, latents=None, timesteps=None, **call):
-    """One call of the pipeline, with gradients as torch's grad mode says; None if step_fn raised
-    StopPipeline."""
-    call = {name: copy.copy(x) if isinstance(x, list) else x for name, x in call.items()}
-    call = {"output_type": "pil", **call}            # by default videos are arrays
-    negative = call.get("negative_prompt")           # lists are copied: pipelines write into them
-    if isinstance(negative, str) and isinstance(call["prompt"], list):
-        call["negative_prompt"] = [negative] * len(call["prompt"])
-    pipe.first_latents = latents
-    pipe.scheduler.step_fn = step_fn
-    pipe.scheduler.given_timesteps = timesteps
-    try:
-        return inspect.unwrap(type(pipe).__call__)(pipe, **call)    # without its own no_grad
-    except StopPipeline:
-        return None
-    finally:
-        pipe.first_latents = pipe.scheduler.step_fn = pipe.scheduler.given_timesteps = None
-
-
-def predict(pipe, x, t, **call):
-    """What the denoiser predicts (prediction_type) at latents x and timestep t, () or (B,), after
-    the pipeline's guidance. For epsilon and v, x is sqrt(acp) x0 + sqrt(1 - acp) noise."""
-    if t.ndim and (pipe.config.get("boundary_ratio") or pipe.config.get("expand_timesteps")):
-        rows = []                                    # Wan 2.2 takes one timestep a call
-        for i, prompt in enumerate(call["prompt"]):
-            rows.append(predict(pipe, x[i:i + 1], t[i], **{**call, "prompt": [prompt]}))
-        return torch.cat(rows)
-    predictions = []
-
-    def step_fn(i, x, v):
-        predictions.append(v)
-        raise StopPipeline
-
-    run_pipeline(pipe, step_fn, x, t[None], **{**call, "num_inference_steps": 1})
-    v = predictions[0]
-    if v.shape != x.shape:                           # a video UNet's step sees frames
-        v = rearrange(v, "(b f) c h w -> b c f h w", b=len(x))
-    return v
-
-
-def velocity(pipe, x, sigma, **call):
-    """The policy's velocity at latents x and noise level sigma, () or (B,)."""
-    return predict(pipe, x, sigma * pipe.scheduler.config.num_train_timesteps, **call)
-
-
-def unguided(pipe, call):
-    """The call without classifier-free guidance, which belongs to sampling; a denoiser that takes
-    the guidance as an input keeps it."""
-    for model in denoisers(pipe).values():
-        if model.config.get("guidance_embeds") or model.config.get("time_cond_proj_dim"):
-            return call
-    known = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
-    return {**call, "guidance_scale": 0.0} if known else call
-
-
-@torch.no_grad()
-def sample_media(pipe, records, seeds, batch_size, call):
-    """Samples for prompt records by the stock (ODE) sampler, a list of frames each; sample i is a
-    function of records[i] and seeds[i]. Of edits, whose sources differ, one at a time is made."""
-    media = []
-    batch_size = 1 if "source" in records[0] else batch_size
-    for start in range(0, len(records), batch_size):
-        batch = records[start:start + batch_size]
-        generators = [seeded_generator(seed) for seed in seeds[start:start + batch_size]]
-        output = run_pipeline(pipe, prompt=[record["prompt"] for record in batch],
-                              generator=generators, **source_images(batch), **call)
-        media += frames_of(output)
-    return media
-
-
-def frames_of(output):
-    """[frames, ...] of a pipeline's output: one PIL image of an image, all frames of a video."""
-    return [list(item) if isinstance(item, (list, tuple)) else [item] for item in output[0]]
-
-
-def evaluate_samples(pipe, args, call, num=None):
-    """(media, {name: mean}) of samples for the first `num` prompts of --eval-data, by default all,
-    measured by --watch."""
-    records = read_records(args.eval_data, "prompt")[:num]
-
-    def sample(indices):
-        seeds = [("held out", i) for i in indices]
-        return sample_media(pipe, [records[i] for i in indices], seeds, args.batch_size, call)
-
-    with autocast(args, pipe.device):
-        media = split_over_ranks(sample, range(len(records)))
-    return media, measure(args.watch, media, [record["prompt"] for record in records])
-
-
-def save_generator(args, pipe, call):
-    """Write args.out/model, the pipeline's folder with the trained denoisers and the call's
-    arguments in it, and args.out/adapter in diffusers' layout. All ranks call it."""
-    policy = denoisers(pipe)
-    folder = Path(args.out, "model")
-    save_adapter(args, policy, "", "pytorch_lora_weights.safetensors")
-    if get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(pipe.folder, folder, ignore=shutil.ignore_patterns(*policy))
-        (folder / "pipe_args.json").write_text(json.dumps(call))
-    for name, model in policy.items():
-        save_merged(model, folder / name)
-    gather_list([])                                  # wait until the files are there
-
-
-def seeded_generator(*seed):
-    """A CPU generator that is a function of the numbers and strings `seed`, on any rank."""
-    digest = hashlib.blake2b(repr(seed).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-
-
-def seeded_noise(shape, *seed):
-    """Standard normal noise, float32 on the CPU, that is a function of `seed`."""
-    return torch.randn(shape, generator=seeded_generator(*seed))
-
-
-def parse_pipe_arg(text):
-    """("key", value) of key=value; numbers, true, false and null are read as JSON, else text."""
-    key, _, value = text.partition("=")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
-
+        Path(args.out, name).write_text(report_html(title, figures, text), errors="replace")
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,10 @@
 """The papers' claims, tried in the toy world. Every run is a line of --results; what is there is not run again.
 
-    python tests/ablations.py signal             alpha, pair budget, order under a position bias, the added category: what they do to advantages
+    python tests/ablations.py signal             alpha, pair budget, order under a position bias: what they do to advantages
     python tests/ablations.py dpo                preferences with and without both-right pairs
     python tests/ablations.py joint              one judge for comparisons, scores and questions against one for each
     python tests/ablations.py reward             win rates, scores and a fixed criterion as the reward: which is hacked? (after joint)
-    python tests/ablations.py grpo               alpha, pairs and the added category, trained
+    python tests/ablations.py grpo               alpha and pairs, trained
     python tests/ablations.py report             tables with 95 % intervals, printed and in .md beside --results, and pictures there
 
 --models names the folder of each seed's judge-sft, judge-dpo and generator-sft, {seed} in it is replaced; --toy that of the toy world's
@@ -36,11 +36,11 @@ import torch
 
 import data
 import grpo
-import sft
 import toy_oracle as O
 import toy_world as W
+from dpo import rank_traces
 from plots import plot
-from reward import (Candidate, Comparison, LocalJudge, evaluate_judge, group_advantages, parse_score, parse_verdict, sample_pairs, win_rates)
+from reward import Candidate, Comparison, LocalJudge, group_advantages, parse_score, parse_verdict, sample_pairs, win_rates
 
 G = 8
 JUDGED = dict(batch_size=200, max_new_tokens=256)
@@ -76,7 +76,7 @@ def signal(args, seed):
         """(prompt records, {(group, i, j): Verdict}, whether sample i of group k is true to its prompt, groups that hold both kinds)"""
         models = Path(args.models.format(seed=seed))
         judge = LocalJudge(models / "judge-dpo/model", **JUDGED)
-        pipe = sft.load_pipeline(models / "generator-sft/model", torch.device("cpu"))
+        pipe = data.load_pipeline(models / "generator-sft/model", torch.device("cpu"))
         settings, records, media, true = grpo.parse_args(["--seed", str(seed)]), [*W.Records("val", "prompt", args.groups, seed)], [], []
         for k, record in enumerate(records):
             media.append(grpo.sample(pipe, records, [(seed, 0, k, i) for i in range(G)], settings, pipe.call_args).media)
@@ -92,15 +92,16 @@ def signal(args, seed):
             return verdict
         return dataclasses.replace(verdict, winner=1, categories=[dataclasses.replace(c, winner=1) for c in verdict.categories])
 
-    def measure(pairs="all", both=False, alpha=.7, extra=False, bias=0.0, fixed=False, kind=None):
-        records, _, true, mixed = table()
+    def measure(pairs="all", both=False, alpha=.7, bias=0.0, fixed=False):
+        _, _, true, mixed = table()
         shares, firsts, calls = {}, {}, 0
-        for k in [k for k in mixed if kind in (None, records[k]["type"])]:
+        for k in mixed:
             found, ahead = [], []
             for draw in range(1 if fixed else args.draws):
-                chosen = sample_pairs(G, pairs, random.Random(f"{seed} {k} {draw}"), both)
+                chosen = sample_pairs(G, pairs, random.Random(f"{seed} {k} {draw}"))
+                chosen += [pair[::-1] for pair in chosen] * both
                 chosen = [tuple(sorted(pair)) for pair in chosen] if fixed else chosen
-                rates = win_rates(chosen, [biased(k, i, j, bias) for i, j in chosen], G, extra)
+                rates = win_rates(chosen, [biased(k, i, j, bias) for i, j in chosen], G)
                 advantages, calls = group_advantages(rates, alpha).tolist(), len(chosen)
                 ahead.append(advantages[0])
                 found.append(statistics.mean((a > b) + (a == b) / 2 for a, t in zip(advantages, true[k]) if t for b, u in zip(advantages, true[k]) if not u))
@@ -114,8 +115,6 @@ def signal(args, seed):
     for bias in (0, .2, .4):
         for fixed in (True, False):
             yield f"order {'fixed' if fixed else 'random'}, bias {bias}", functools.partial(measure, bias=bias, fixed=fixed)
-    for extra in (False, True):
-        yield f"relation prompts, {'category D counted' if extra else 'three anchors'}", functools.partial(measure, extra=extra, kind="spatial")
 
 
 def grounded(trace, records, i):
@@ -140,11 +139,11 @@ def dpo(args, seed):
         torch.manual_seed(seed)
         records = W.Records("train", "pair", args.pairs, 100 + seed)
         pairs = [*records]
-        texts = judge([data.comparison(pair) for pair in pairs for _ in range(4)], temperature=.7, progress=True)
+        texts = judge([data.as_question(pair) for pair in pairs for _ in range(4)], temperature=.7, progress=True)
         mixed, by_truth, by_form = [], [], 0
         for n, pair in enumerate(pairs):
             traces = texts[4 * n:4 * n + 4]
-            case, best, worst = data.rank_traces(traces, data.WINNERS[pair["winner"]])
+            case, best, worst = rank_traces(traces, data.WINNERS[pair["winner"]])
             if case == "mixed":
                 mixed.append({**pair, "chosen": best, "rejected": worst})
             elif case == "all right":
@@ -170,7 +169,7 @@ def dpo(args, seed):
 def truth_of_reasons(judge, num):
     """The mean of `grounded` over the judge's greedy verdicts on validation pairs."""
     records = W.Records("val", "pair", min(num, 200), 3)
-    texts = judge([data.comparison(pair) for pair in records])
+    texts = judge([data.as_question(pair) for pair in records])
     return statistics.mean(grounded(text, records, i) for i, text in enumerate(texts))
 
 
@@ -192,10 +191,10 @@ def joint(args, seed):
         rows = stage(args, "sft.py", folder, "--model", Path(args.toy, "judge"), "--data", folder.with_suffix(".jsonl"), "--eval-data", few,
                      "--seed", seed, "--max-steps", steps)
         judge, pairs = LocalJudge(folder / "model", score_template="{prompt}", **JUDGED), held_out["pair"]
-        result = evaluate_judge(judge, [data.comparison(p) for p in pairs], [data.WINNERS[p["winner"]] for p in pairs], random.Random(0))
+        result, _ = data.evaluate_judge(judge, pairs)
         numbers = {"comparisons": result["winner_accuracy"], "loss": [row["loss"] for row in rows if "loss" in row][-1]}
         texts = {kind: judge([Candidate(r["instruction"], r["images"]) for r in held_out[kind]]) for kind in ("score", "question")}
-        scores, labels = ([parse_score(t).value for t in side] for side in (texts["score"], [r["response"] for r in held_out["score"]]))
+        scores, labels = ([parse_score(t) for t in side] for side in (texts["score"], [r["response"] for r in held_out["score"]]))
         read = [(score, label) for score, label in zip(scores, labels) if score is not None]
         numbers["scores"] = torch.corrcoef(torch.tensor(read).T)[0, 1].nan_to_num().item() if len(read) > 2 else 0.0
         numbers["questions"] = statistics.mean(t.strip() == r["response"] for t, r in zip(texts["question"], held_out["question"]))
@@ -242,8 +241,7 @@ def reward(args, seed):
     yield "a fixed criterion", functools.partial(run, "reward fixed", *options, "--reward", f"{ROOT / 'tests/ablations.py'}:painted")
 
 
-ARMS = {**{f"alpha {a}": ["--alpha", a] for a in (0, .3, .5, .7, 1)}, "all": ["--pairs", "all"], "ring:3": ["--pairs", "ring:3"],
-        "ring:2, both orders": ["--both-orders"], "category D counted": ["--category-weights", 1, 1, 1, 1]}
+ARMS = {**{f"alpha {a}": ["--alpha", a] for a in (0, .3, .5, .7, 1)}, "all": ["--pairs", "all"], "ring:3": ["--pairs", "ring:3"]}
 
 
 def train_arms(args, seed):

@@ -3,8 +3,8 @@
     python tests/bench_builders.py [--num 256]
 
 Prints for each builder source records per second, rows made, and the share of the time spent in the
-models that are asked (teacher, judge); the rest is data.py's own: loading, parsing, ranking,
-writing. The candidates of generators are sampled by dpo.py.
+models that are asked (teacher, judge); the rest is data.py's and dpo.py's own: loading, parsing,
+ranking, writing.
 """
 import argparse
 import contextlib
@@ -21,6 +21,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import torch
 
 import data
+import dpo
+import reward
 import toy_teacher
 import toy_world
 from bench_judge import timed
@@ -32,33 +34,45 @@ def main():
     parser.add_argument("--num", type=int, default=256, help="pairs; a quarter as many questions")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    spent, load_judge, build_file = {}, data.load_judge, data.build_file
+    spent, judge = {}, reward.load_judge(args.judge, score_template="{prompt}")
 
-    def load(name, **options):
+    def load(name, **_):
         """The judge by name, timed; "coin" says at random which text is better."""
-        judge = load_judge(name, **options) if name != "coin" else coin
-        return timed(judge, spent, "asked")
+        found = {args.judge: judge, "coin": coin}.get(name) or reward.load_judge(name)
+        return timed(found, spent, "asked")
 
-    def coin(questions, temperature):
+    def coin(questions):
         return [json.dumps({"winner": f"Answer {1 + torch.randint(2, ()).item()}"}) for _ in questions]
 
-    data.load_judge = load
-    data.build_file = timed(build_file, spent, "all")                           # without the loading of models
+    def prefer(path, *options):
+        """What dpo.py does before it trains."""
+        args_of_stage = dpo.parse_args(["--data", path, "--model", args.judge, "--out", folder, *options])
+        out = Path(folder, "preferences.jsonl")
+        data.write_jsonl(out, [record for _, record in dpo.sample_preferences(args_of_stage) if record])
+        return out
+
+    def distill(path, teacher):
+        out = Path(folder, f"{len(list(Path(folder).iterdir()))}.jsonl")
+        data.main(["distill", path, "--model", teacher, "--out", str(out)])
+        return out
+
+    data.load_judge = dpo.load_judge = load
     print("builder                          source records/s     rows   asked models")
     with tempfile.TemporaryDirectory() as folder:
         pairs, questions = f"{folder}/pairs.jsonl", f"{folder}/questions.jsonl"
         data.write_jsonl(pairs, toy_world.Records("train", "pair", args.num))
-        data.write_jsonl(questions, toy_world.Records("train", "question", args.num // 4))
-        for name, num, argv in (
-                ("distill, toy teacher", args.num, ["distill", pairs, "--teacher", f"{toy_teacher.__file__}:teacher"]),
-                ("distill, the judge as teacher", args.num, ["distill", pairs, "--teacher", args.judge]),
-                ("rank, 2 traces, heuristic", args.num, ["rank", pairs, "--model", args.judge, "--num-samples", "2"]),
-                ("rank, 2 traces, a judge", args.num, ["rank", pairs, "--model", args.judge, "--num-samples", "2", "--judge", "coin"]),
-                ("sift, 4 answers", args.num // 4, ["sift", questions, "--model", args.judge, "--judge", "coin", "--max-new-tokens", "8"])):
+        unanswered = [{k: v for k, v in row.items() if k != "response"} for row in toy_world.Records("train", "question", args.num // 4)]
+        data.write_jsonl(questions, unanswered)
+        for name, num, tokens, build, *options in (
+                ("distill, toy teacher", args.num, 256, distill, pairs, f"{toy_teacher.__file__}:teacher"),
+                ("distill, the judge as teacher", args.num, 256, distill, pairs, args.judge),
+                ("dpo.py, 2 traces, heuristic", args.num, 256, prefer, pairs, "--num-samples", "2"),
+                ("dpo.py, 2 traces, a judge", args.num, 256, prefer, pairs, "--num-samples", "2", "--judge", "coin"),
+                ("dpo.py, 4 answers, a judge", args.num // 4, 8, prefer, questions, "--num-samples", "4", "--judge", "coin")):
             spent.clear()
-            out = Path(folder, f"{len(list(Path(folder).iterdir()))}.jsonl")
+            judge.max_new_tokens = tokens
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                data.main([*argv, "--out", str(out)])
+                out = timed(build, spent, "all")(*options)
             rows = out.read_text().count("\n")
             print(f"{name:32s}{num / spent['all']:17.1f}{rows:9d}{spent['asked'] / spent['all']:15.1%}", flush=True)
 

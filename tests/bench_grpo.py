@@ -25,8 +25,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import data
 import grpo
-import sft
 from plots import plot
 
 ALGORITHMS = {"Flow-GRPO": ["--sde-steps", "9", "--no-ratio-norm"],
@@ -39,7 +39,7 @@ VERDICT = json.dumps({"categories": [{"name": f"{a}. x", "dims": [], "cat_winner
 def overhead(options, rounds=15, images=96):
     """Prints the seconds of forward and backward at the trained steps of a rollout, by a call of the pipeline a step as grpo.py has
     it, over those of bare calls of the transformer."""
-    pipe = sft.load_pipeline(options.generator, torch.device("cpu"))
+    pipe = data.load_pipeline(options.generator, torch.device("cpu"))
     args = grpo.parse_args(["--kl", "0", "--lora-rank", "0"])
     prompts = ["a red circle above a blue square"] * images
     call = pipe.call_args
@@ -50,11 +50,12 @@ def overhead(options, rounds=15, images=96):
     image_ids = pipe._prepare_latent_image_ids(images, side, side, pipe.device, torch.float32)
 
     def bare(i):
-        return pipe.transformer(rollout.x[i], timestep=rollout.sigmas[i].expand(images), pooled_projections=pooled,
-                                encoder_hidden_states=embeds, txt_ids=text_ids, img_ids=image_ids, return_dict=False)[0]
+        v = pipe.transformer(rollout.x[i], timestep=rollout.sigmas[i].expand(images), pooled_projections=pooled,
+                             encoder_hidden_states=embeds, txt_ids=text_ids, img_ids=image_ids, return_dict=False)[0]
+        return grpo.sde_step(rollout.sigmas, i, rollout.x[i], v, args.eta)[0]
 
     def piped(i):
-        return grpo.velocity_at(pipe, rollout, i, args)
+        return grpo.mean_at(pipe, rollout, i, args)[0]
 
     torch.testing.assert_close(bare(0), piped(0))
     for grad, what in ((True, "forward and backward"), (False, "forward alone")):
@@ -65,9 +66,9 @@ def overhead(options, rounds=15, images=96):
                 started = time.perf_counter()
                 for i in range(args.sde_steps):
                     with torch.set_grad_enabled(grad):
-                        v = function(i)
+                        mean = function(i)
                         if grad:
-                            v.square().mean().backward()
+                            mean.square().mean().backward()
                 times.append(time.perf_counter() - started)
             ratios.append(times[0] / times[1])
         print(f"{what} of {args.sde_steps} steps of {images} images, a pipeline call a step against the transformer alone: "
@@ -112,7 +113,8 @@ def overlap(options, steps=6):
                        "--eval-every", "0", "--out", f"{out}/run"])
             rows = [json.loads(line) for line in Path(out, "run/log.jsonl").read_text().splitlines() if line]
         rows = [row for row in rows if "judge_s" in row][1:]
-        rollout, judge, train = (statistics.median(row[name] for row in rows) for name in ("rollout_s", "judge_s", "train_s"))
+        rollout, judge, step = (statistics.median(row[name] for row in rows) for name in ("rollout_s", "judge_s", "step_s"))
+        train = step - rollout
         alone = alone or train
         longer = max(rollout + alone, judge)
         print(f"{latency:5.2f} s{rollout:8.2f} s{judge:8.2f} s{train:8.2f} s{(rollout + train) / longer:10.2f}"
@@ -139,7 +141,7 @@ def compare(options):
             points, seconds, calls = [], 0.0, 0                             # true before is of other samples
             for row in rows:
                 if "step" in row:
-                    seconds += row["rollout_s"] + row["train_s"]
+                    seconds += row["step_s"]
                     calls += row["verdicts"]
                 if "held_out_true" in row:
                     points.append((seconds, calls, row["held_out_true"]))

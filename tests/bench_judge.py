@@ -1,8 +1,8 @@
 """How fast the local judge is and what a comparison is worth: python tests/bench_judge.py [--judge FOLDER] [--groups 24]
 
 Prints comparisons per second at batch 1, 8 and 64 (median of --runs, in turns), the speed-up of batching, the shares of time in
-preprocessing and in the vision tower, what the growing key-value cache saves against the stock one, and the pair budget: how well
-group advantages follow the true quality of toy scenes for every choice of pairs, and how many calls it takes.
+preprocessing and in the vision tower, and the pair budget: how well group advantages follow the true quality of toy scenes for every
+choice of pairs, and how many calls it takes.
 """
 import argparse
 import os
@@ -17,11 +17,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import torch
-from transformers.cache_utils import DynamicCache
 
 import toy_world as W
-import reward
-from reward import Comparison, LocalJudge, group_advantages, latest_judge, parse_verdict, sample_pairs, win_rates
+from reward import Comparison, LocalJudge, group_advantages, parse_verdict, sample_pairs, win_rates
 
 
 def timed(function, spent, name):
@@ -40,22 +38,6 @@ def timed(function, spent, name):
 def toy_pairs(num):
     records = W.Records("val", "pair", num, 11)
     return [Comparison(r["prompt"], [r["images"][0]], [r["images"][1]]) for r in (records[i] for i in range(num))]
-
-
-def bench_cache(judge, runs, num):
-    """Seconds of processor time at batch 64 with reward.growing_cache and with the stock DynamicCache, which give the same texts."""
-    pairs, judge.batch_size, growing = toy_pairs(num), 64, reward.growing_cache
-    caches = {"growing": growing, "stock": lambda config: DynamicCache(config=config.get_text_config())}
-    seconds, texts = {name: [] for name in caches}, {}
-    for _ in range(runs):
-        for name, cache in caches.items():
-            reward.growing_cache, start = cache, time.process_time()
-            texts[name] = judge(pairs)
-            seconds[name].append(time.process_time() - start)
-    reward.growing_cache = growing
-    assert texts["growing"] == texts["stock"]
-    growing, stock = (statistics.median(seconds[name]) for name in caches)
-    print(f"key-value cache, {num} comparisons at batch 64: growing {growing:.2f} s, stock {stock:.2f} s, {stock / growing:.2f} times\n")
 
 
 def bench_batches(judge, runs, num):
@@ -104,7 +86,8 @@ def bench_budget(judge, num_groups, G, draws):
         correlations, calls = [], 0
         for k, (_, _, truth) in enumerate(groups):
             for _ in range(draws):
-                chosen = sample_pairs(G, pairs, rng, both)
+                chosen = sample_pairs(G, pairs, rng)
+                chosen += [pair[::-1] for pair in chosen] * both
                 advantages = group_advantages(win_rates(chosen, [verdicts[k, i, j] for i, j in chosen], G))
                 calls = len(chosen)
                 if advantages.std() > 0 and truth.std() > 0:
@@ -115,7 +98,7 @@ def bench_budget(judge, num_groups, G, draws):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--judge", help="folder of a toy judge; default: the newest in out/")
+    parser.add_argument("--judge", default="out/judge-dpo/model", help="folder of a toy judge")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--num", type=int, default=256, help="comparisons at batch 64; smaller batches take 8 batches")
     parser.add_argument("--groups", type=int, default=24)
@@ -123,7 +106,6 @@ if __name__ == "__main__":
     parser.add_argument("--draws", type=int, default=20)
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    judge = LocalJudge(args.judge or latest_judge(), max_new_tokens=256)
-    bench_cache(judge, args.runs, args.num)
+    judge = LocalJudge(args.judge, max_new_tokens=256)
     bench_batches(judge, args.runs, args.num)
     bench_budget(judge, args.groups, args.group_size, args.draws)

@@ -37,7 +37,7 @@ def make_inputs(folder, tokens, pairs):
     model.generation_config.max_new_tokens = 1
     toy_models.save_judge(folder / "judge", model, processor)
     torch.manual_seed(RANK)
-    sft.add_lora(model, RANK, RANK, TARGETS)
+    sft.add_lora(model, RANK, TARGETS)
     sft.save_adapter(SimpleNamespace(out=folder, lora_rank=RANK), model, "base_model.model.", "adapter_model.safetensors")
     records, world = [], toy_world.Records("train", "pair", pairs)
     for i in range(pairs):
@@ -105,7 +105,7 @@ def trl_process(stage, lora, folder, pairs):
     model.set_attn_implementation("eager")
     template, eos = (folder / "judge" / "template.txt").read_text(), processor.tokenizer.eos_token
     for record in data.read_records(folder / "records.jsonl", "preference"):
-        messages, images = build_messages(data.comparison(record), template)
+        messages, images = build_messages(data.as_question(record), template)
         answers = {"completion": record["response"] + eos} if stage == "sft" else {k: record[k] + eos for k in ("chosen", "rejected")}
         rows.append({"images": images, "prompt": chat_text(processor, messages), **answers})
     options = dict(output_dir=str(folder / "trl"), per_device_train_batch_size=pairs, max_steps=STEPS, logging_steps=1, report_to="none", save_strategy="no",
@@ -162,7 +162,7 @@ def main():
         return
     print(f"{args.tokens} response tokens, 1 pair a step, {args.rounds} runs each, medians   s/step: ours, TRL, ratio    GiB: ours, TRL, ratio    largest relative difference of the losses")
     for stage in args.stages:
-        for lora in (mode == "LoRA" for mode in args.modes):
+        for lora in (mode == "LoRA" for mode in args.modes if (stage, mode) != ("dpo", "full")):     # ours needs adapters
             with tempfile.TemporaryDirectory() as folder:
                 make_inputs(Path(folder), args.tokens, 1)
                 found = [(ours(stage, lora, Path(folder), 1), trl(stage, lora, Path(folder), 1)) for _ in range(args.rounds)]

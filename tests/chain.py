@@ -18,10 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = """\
 python tests/toy.py --num-pairs 12000 --num-traces 1 --out out/chain/toy
 python tests/toy.py --seed 1 --num-traces 1 --num-images 1 --out out/chain/more
-python data.py distill out/chain/toy/pairs.jsonl --teacher tests/toy_teacher.py:teacher --out out/chain/traces.jsonl
+python data.py distill out/chain/toy/pairs.jsonl --model tests/toy_teacher.py:teacher --out out/chain/traces.jsonl
 python sft.py --model out/chain/toy/judge --data out/chain/traces.jsonl --eval-data out/chain/toy/pairs_test.jsonl --out out/chain/judge-sft
-python data.py rank out/chain/more/pairs.jsonl --model out/chain/judge-sft/model --out out/chain/preferences.jsonl
-python dpo.py --model out/chain/judge-sft/model --data out/chain/preferences.jsonl --eval-data out/chain/toy/pairs_test.jsonl --out out/chain/judge-dpo
+python dpo.py --model out/chain/judge-sft/model --data out/chain/more/pairs.jsonl --eval-data out/chain/toy/pairs_test.jsonl --out out/chain/judge-dpo
 python sft.py --task generator --model out/chain/toy/generator --data out/chain/toy/images.jsonl --eval-data out/chain/toy/prompts_test.txt --out out/chain/generator-sft
 python dpo.py --task generator --model out/chain/generator-sft/model --data out/chain/toy/prompts.txt --judge out/chain/judge-dpo/model --eval-data out/chain/toy/prompts_test.txt --out out/chain/generator-dpo
 python grpo.py --model out/chain/generator-dpo/model --judge out/chain/judge-dpo/model --data out/chain/toy/prompts.txt --eval-data out/chain/toy/prompts_test.txt --out out/chain/grpo""".splitlines()
@@ -44,7 +43,7 @@ def report(seconds):
     pairs, traces = (len(Path(f"out/chain/{name}.jsonl").read_text().splitlines()) for name in ("toy/pairs", "traces"))
     rows = [("distill", "pairs, then traces kept", pairs, traces, "{:.0f}"),
             ("sft.py", "judge: winner accuracy", None, sft["after"]["winner_accuracy"], "{:.3f}"),
-            ("rank, dpo.py", "judge: winner accuracy", dpo["before"]["winner_accuracy"], dpo["after"]["winner_accuracy"], "{:.3f}"),
+            ("dpo.py", "judge: winner accuracy", dpo["before"]["winner_accuracy"], dpo["after"]["winner_accuracy"], "{:.3f}"),
             ("", "judge: same winner swapped", dpo["before"]["swap_consistency"], dpo["after"]["swap_consistency"], "{:.3f}"),
             ("sft.py --task generator", "true to the prompt", None, generator["after"]["true"], "{:.3f}"),
             ("dpo.py --task generator", "true to the prompt", sifted["before"]["true"], sifted["after"]["true"], "{:.3f}"),

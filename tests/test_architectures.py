@@ -1,4 +1,4 @@
-"""Judges of several families, tiny and random, from their own configs, through SFT and DPO: image and video, LoRA and full."""
+"""Judges of several families, tiny and random, from their own configs, through SFT and DPO: image and video, SFT of adapters and of all weights."""
 import dataclasses
 import json
 
@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, decoders
 import data
 import dpo
 import sft
-from reward import LocalJudge, without_video
+from reward import LocalJudge, leave_out_video
 from test_sft import rows
 
 CHAT = """{%- for m in messages -%}<|im_start|>{{ m['role'] + '\n' }}{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}IMAGE
@@ -76,8 +76,8 @@ def make(family):
         config = hf.Idefics3Config(text_config=dict(model_type="llama", **TEXT, **vocab), vision_config=siglip, image_token_id=ids("image_token"), scale_factor=2)
         pixels = hf.Idefics3ImageProcessorPil(size=dict(longest_edge=SIDE), max_image_size=dict(longest_edge=SIDE), do_image_splitting=False)
         image, options = "<image>", dict(image_seq_len=4)
-    processor = stock if family == "Idefics3" or hf.utils.is_torchvision_available() else without_video(stock)
-    processor = processor(image_processor=pixels, tokenizer=tokenizer, chat_template=CHAT.replace("IMAGE", image + "\n"), **options)
+    leave_out_video()
+    processor = stock(image_processor=pixels, tokenizer=tokenizer, chat_template=CHAT.replace("IMAGE", image + "\n"), **options)
     return getattr(hf, f"{family}ForConditionalGeneration")(config), processor
 
 
@@ -117,12 +117,12 @@ def records(tmp_path_factory):
 @pytest.mark.parametrize("kind, lora", [("image", "4"), ("video", "0")])
 def test_sft_and_dpo(folder, records, kind, lora, tmp_path):
     common = ["--model", str(folder), "--data", str(records / f"{kind}.jsonl"), "--eval-data", str(records / "pairs.jsonl"), "--lr", "3e-3",
-              "--warmup-steps", "1", "--batch-size", "2", "--max-steps", "3", "--lora-rank", lora, "--no-bf16"]
-    sft.main([*common, "--optim", "adamw", "--out", str(tmp_path / "sft")])
-    dpo.main([*common, "--out", str(tmp_path / "dpo")])
+              "--warmup-steps", "1", "--batch-size", "2", "--max-steps", "3", "--no-bf16"]
+    sft.main([*common, "--lora-rank", lora, "--optim", "adamw", "--out", str(tmp_path / "sft")])
+    dpo.main([*common, "--lora-rank", "4", "--out", str(tmp_path / "dpo")])
     losses = [row["loss"] for row in rows(tmp_path / "sft")]
     first, *_, last = [row["loss"] for row in rows(tmp_path / "dpo")]
     assert losses[-1] < losses[0] and abs(first - .693147) < 1e-4 and last < first
     judge = LocalJudge(tmp_path / "dpo" / "model", max_new_tokens=2)
-    pair = data.comparison(data.read_records(records / f"{kind}.jsonl", "preference")[0])
+    pair = data.as_question(data.read_records(records / f"{kind}.jsonl", "preference")[0])
     assert len(judge([pair, dataclasses.replace(pair, prompt="two dots")])) == 2            # what was saved loads and answers

@@ -1,5 +1,6 @@
-"""Records, their errors, order and batches."""
+"""Records, their errors, order and batches, a judge's accuracy."""
 import json
+import math
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from PIL import Image
 
 import data
 import toy_world as W
-from reward import Comparison, build_messages, data_url, instruction, load_processor
+from reward import Comparison, Failure, build_messages, instruction, load_processor
+from test_reward import GOOD, answer
 
 
 def write(folder, *rows):
@@ -56,14 +58,13 @@ def test_toy_records_as_files_are_the_toy_records(kind, tmp_path):
         assert [Image.open(path).tobytes() for path in a["images"]] == [image.tobytes() for image in b["images"]]
 
 
-def test_prompts_come_from_text_csv_and_jsonl(tmp_path):
+def test_prompts_come_from_text_and_jsonl(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n\na dog, red\n")
-    (tmp_path / "p.csv").write_text('id,prompt\n1,a cat\n2,"a dog, red"\n')
     (tmp_path / "p.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog, red"}\n')
-    for name in ("p.txt", "p.csv", "p.jsonl"):
+    for name in ("p.txt", "p.jsonl"):
         assert [r["prompt"] for r in data.read_records(tmp_path / name, "prompt")] == ["a cat", "a dog, red"]
-    (tmp_path / "p.csv").write_text("id,text\n1,a cat\n")
-    with pytest.raises(ValueError, match="p.csv:2: 'prompt' is None"):
+    (tmp_path / "p.csv").write_text("id,prompt\n1,a cat\n")
+    with pytest.raises(ValueError, match="p.csv:1: not JSON"):
         data.read_records(tmp_path / "p.csv", "prompt")
 
 
@@ -140,7 +141,6 @@ ASK, SAY = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "
 USER, REPLY = {"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A dot."}
 PARTS = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
 ONE, ASKED = {"images": ["a.png"]}, {"images": ["a.png"], "instruction": "What is it?"}
-DIFFUSION = {"caption": "a cat", "jpg_0": "a.png", "jpg_1": "b.png"}
 OURS = instruction("a {cat}", "Image")
 
 
@@ -160,9 +160,6 @@ OURS = instruction("a {cat}", "Image")
      {"prompt": "a cat", "chosen": "A dot.", "rejected": "B", "images": ["a.png", "b.png"]}),                            # which is ours
     ("trace", {"conversations": [{"from": "human", "value": f"<image><image>{OURS}"}, {"from": "gpt", "value": "{}"}], "images": ["a.png", "b.png"]},
      {"instruction": OURS, "images": ["a.png", "b.png"], "response": "{}"}),                                             # our question
-    ("pair", {**DIFFUSION, "label_0": 1}, {"prompt": "a cat", "images": ["a.png", "b.png"], "winner": "Image 1"}),       # Diffusion-DPO
-    ("pair", {**DIFFUSION, "label_0": 0.0}, {"prompt": "a cat", "images": ["a.png", "b.png"], "winner": "Image 2"}),
-    ("pair", {**DIFFUSION, "label_0": .5}, {"prompt": "a cat", "images": ["a.png", "b.png"], "winner": "Tie"}),
     ("image", {"caption": "a cat", "image": "a.png"}, {"prompt": "a cat", "images": ["a.png"]}),
     ("question", {"question": "What is it?", "image": "a.png"}, ASKED),
 ])
@@ -180,8 +177,7 @@ def test_records_of_neighbours_are_read(kind, record, expected, tmp_path):
     ({"conversations": [{"from": "observation", "value": "x"}, SAY], **ONE}, ":1: the turns are of observation"),
     ({"conversations": [{"from": "human"}], **ONE}, r":1: a record of no known form \(KeyError\('value'\)\)"),
     ({"messages": [USER, REPLY], "images": ["a.png", "b.png"]}, ":1: 1 of <image> and <video> in the text, but 2 media. Each stands before the text, or none does"),
-    ({**DIFFUSION, "label_0": 2}, ":1: 'label_0' is 2. Expected 1, where jpg_0 is preferred, 0 or 0.5"),
-    ({**PAIR, "images": ["http://x/a.png", "b.png"]}, ":1: http://x/a.png is a URL. Download it"),
+    ({**PAIR, "images": ["http://x/a.png", "b.png"]}, ":1: .*a.png does not exist. Paths are relative to the JSONL file; download what is a URL"),
     ({**PAIR, "images": [1, "b.png"]}, ":1: .*1 does not exist. Paths are relative"),
     ({"instruction": " ", **ONE, "response": "x"}, ":1: 'instruction' is ' '"),
     ({"instruction": "x", **ONE, "response": 5}, ":1: 'response' is 5. A trace record needs it as non-empty text"),
@@ -194,11 +190,10 @@ def test_unreadable_forms_are_named(record, message, tmp_path):
         data.read_records(write(tmp_path, record), None)
 
 
-def test_images_inside_records_and_frames(tmp_path):
-    """Data URLs, as they are and written again; mp4 and folders of frames."""
+def test_videos_are_files_or_folders_of_frames(tmp_path):
+    """As they are, and named again by a file in another folder."""
     av = pytest.importorskip("av")
     image = Image.effect_noise((16, 16), 50).convert("RGB")
-    url = data_url(image)
     (tmp_path / "f").mkdir()
     with av.open(str(tmp_path / "v.mp4"), "w") as video:
         stream = video.add_stream("mpeg4", rate=8)
@@ -207,17 +202,12 @@ def test_images_inside_records_and_frames(tmp_path):
             image.save(tmp_path / "f" / f"{i}.png")
             video.mux(stream.encode(av.VideoFrame.from_image(image)))
         video.mux(stream.encode())
-    path = write(tmp_path, {**PAIR, "images": [url, url]}, {**PAIR, "videos": ["v.mp4", "f"], "winner": "Video 2"})
-    inline, films = data.read_records(path, "pair")
-    data.write_jsonl(tmp_path / "again" / "pairs.jsonl", [inline, films])
-    for a, b in ((inline, films), data.read_records(tmp_path / "again" / "pairs.jsonl", "pair")):
-        shown = data.comparison(a)
-        assert shown.media_1[0].tobytes() == shown.media_2[0].tobytes() == image.tobytes() and len(shown.media_1) == 1
-        clips = data.comparison(b)
+    films = data.read_records(write(tmp_path, {**PAIR, "videos": ["v.mp4", "f"], "winner": "Video 2"}), "pair")
+    data.write_jsonl(tmp_path / "again" / "pairs.jsonl", films)
+    for record in films + data.read_records(tmp_path / "again" / "pairs.jsonl", "pair"):
+        clips = data.as_question(record)
         assert len(clips.media_1) == len(clips.media_2) == 5 and clips.media_2[4].tobytes() == image.tobytes()
-    path = write(tmp_path, PAIR, {**PAIR, "images": ["a.png", "data:image/png;base64,QUJD"]})
-    with pytest.raises(SystemExit, match=r"records.jsonl:2: data:image/png;base64,QUJD: not a readable image"):
-        data.main(["check", str(path)])
+        assert data.as_question(record, swap=True).media_1[4].tobytes() == image.tobytes()
 
 
 def test_an_instruction_is_encoded_as_it_is_behind_its_images(judge_folder):
@@ -273,3 +263,44 @@ def test_paths_hold_wherever_a_file_is_read_and_written(tmp_path, monkeypatch):
     again, = data.read_records("other/again.jsonl", "pair")
     assert [path.resolve() for path in again["images"]] == [(tmp_path / name).resolve() for name in ("a.png", "b.png")]
     assert not (tmp_path / "other/images").exists() and "\"where\"" not in (tmp_path / "other/again.jsonl").read_text()
+
+
+# ---------------------------------------------------------------- a judge's accuracy
+
+def colored(winner, prompt="p", colors=("red", "blue")):
+    return {"prompt": prompt, "images": [Image.new("RGB", (8, 8), color) for color in colors], "winner": winner}
+
+
+def is_red(frames):
+    return frames[0].getpixel((0, 0))[0] == 255
+
+
+def test_exam_separates_accuracy_from_position_bias():
+    pairs = [colored("Image 1"), colored("Image 2", colors=("blue", "red"))] * 50               # red is better
+    sees = lambda questions: [json.dumps(answer("Image 1" if is_red(question.media_1) else "Image 2")) for question in questions]
+    result, (record, swapped, verdict) = data.evaluate_judge(sees, pairs)
+    assert (result["winner_accuracy"], result["parse_rate"], result["sum10_rate"], result["swap_consistency"]) == (1, 1, 1, 1)
+    assert result["first_position_share"] == .5 and result["failures"] == 0
+    assert record is pairs[0] and verdict.winner == (2 if swapped else 1)                       # as it was shown
+    blind, _ = data.evaluate_judge(lambda questions: [GOOD.replace("6", "5")] * len(questions), pairs)
+    assert .35 < blind["winner_accuracy"] < .65 and blind["first_position_share"] == 1 and blind["swap_consistency"] == 0
+    assert blind["sum10_rate"] == pytest.approx(2 / 3)          # 7 + 3, 5 + 4, 8 + 2
+    ties = pairs[:2] + [colored("Tie")] * 2
+    assert data.evaluate_judge(sees, ties)[0]["winner_accuracy"] == 1                           # ties are not asked
+    mute, _ = data.evaluate_judge(lambda questions: ["?"] * len(questions), ties)
+    assert mute["winner_accuracy"] == mute["parse_rate"] == mute["tau_accuracy"] == mute["swap_consistency"] == 0 and math.isnan(mute["first_position_share"])
+    assert data.evaluate_judge(lambda questions: [Failure("x")] * len(questions), ties)[0]["failures"] == 8
+
+
+def test_accuracy_with_and_without_ties():
+    """tau counts ties, diff leaves them out: 4 pairs have a winner, 2 of them right; of all 6, 1 of 2 ties is right."""
+    votes = [(1, "Image 1"), (2, "Image 1"), (2, "Image 2"), (0, "Image 2"), (0, "Tie"), (1, "Tie")]
+    said = {f"prompt {i}": winner for i, (winner, _) in enumerate(votes)}
+
+    def judge(questions):                            # winners are of the record, whatever the order; red is its first image
+        turned = [said[q.prompt] if is_red(q.media_1) else {1: 2, 2: 1, 0: 0}[said[q.prompt]] for q in questions]
+        return [json.dumps(answer(f"Image {winner}" if winner else "Tie")) for winner in turned]
+
+    for seed in range(3):
+        found, _ = data.evaluate_judge(judge, [colored(label, prompt) for prompt, (_, label) in zip(said, votes)], seed)
+        assert found["winner_accuracy"] == .5 and found["tau_accuracy"] == .5 and found["swap_consistency"] == 1

@@ -1,5 +1,6 @@
 """The DPO loss, the log-probabilities under it, the ranking of traces, whole runs."""
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 import data
 import dpo
+import reward
 import toy_world
 from reward import load_processor
 from test_sft import preferences, rows, small, weights
@@ -20,13 +22,14 @@ FAULTY = GOOD.replace('"score_2":3', '"score_2":1')      # scores that do not su
 
 def test_loss_is_ln2_at_equal_policies_and_the_closed_form_elsewhere():
     logps = torch.tensor([-30., -12.5])
-    losses, chosen, rejected = dpo.dpo_loss(logps, logps - 1, logps, logps - 1, beta=.1)
+    both = torch.cat([logps, logps - 1])
+    losses, stats = dpo.dpo_loss(both, both, beta=.1)
     torch.testing.assert_close(losses, torch.full((2,), math.log(2)))
-    assert chosen.eq(0).all() and rejected.eq(0).all()
+    assert stats == {"loss": pytest.approx(2 * math.log(2)), "rewards/chosen": 0, "rewards/rejected": 0, "rewards/margin": 0, "rewards/accuracy": 0}
     # margin .1 * ((-9 + 10) - (-24 + 20)) = .5, and -ln(1 / (1 + e^-.5)) = .474077
-    loss, chosen, rejected = dpo.dpo_loss(*(torch.tensor([x]) for x in (-9., -24., -10., -20.)), beta=.1)
-    torch.testing.assert_close(loss, torch.tensor([.474077]), atol=1e-6, rtol=0)
-    torch.testing.assert_close(torch.cat([chosen, rejected]), torch.tensor([.1, -.4]))
+    losses, stats = dpo.dpo_loss(torch.tensor([-9., -30., -24., -30.]), torch.tensor([-10., -30., -20., -30.]), beta=.1)    # beside an equal pair
+    torch.testing.assert_close(losses, torch.tensor([.474077, math.log(2)]), atol=1e-6, rtol=0)
+    assert stats == pytest.approx({"loss": .474077 + math.log(2), "rewards/chosen": .1, "rewards/rejected": -.4, "rewards/margin": .5, "rewards/accuracy": 1})
 
 
 def test_logps_are_minus_cross_entropy_per_token(judge_folder):
@@ -54,15 +57,14 @@ def test_logps_are_minus_cross_entropy_per_token(judge_folder):
     ([GOOD, "nothing"], 2, ("all wrong", None, None)),
 ])
 def test_rank_traces(traces, winner, expected):
-    case, best, worst = data.rank_traces(traces, winner)
+    case, best, worst = dpo.rank_traces(traces, winner)
     pick = lambda i: None if i is None else traces[i]
     assert (case, best, worst) == (expected[0], pick(expected[1]), pick(expected[2]))
 
 
-@pytest.mark.parametrize("lora", ["0", "4"])
-def test_first_loss_is_ln2_and_resume_is_exact(lora, judge_folder, toy_folder, tmp_path, capsys):
+def test_first_loss_is_ln2_and_resume_is_exact(judge_folder, toy_folder, tmp_path, capsys):
     out = str(tmp_path / "run")
-    args = [*small(toy_folder), "--model", judge_folder, "--data", preferences(tmp_path), "--out", out, "--lora-rank", lora, "--max-steps", "4",
+    args = [*small(toy_folder), "--model", judge_folder, "--data", preferences(tmp_path), "--out", out, "--lora-rank", "4", "--max-steps", "4",
             "--save-every", "2", "--lr", "1e-3", "--no-bf16"]
     dpo.main(args)
     log, saved = rows(out), weights(out, 4)
@@ -75,8 +77,14 @@ def test_first_loss_is_ln2_and_resume_is_exact(lora, judge_folder, toy_folder, t
     assert all(torch.equal(v, again[k]) for k, v in saved.items())
     assert [r["loss"] for r in rows(out)] == [r["loss"] for r in log]
     said = capsys.readouterr().out
-    assert "8 preferences, 4 a step" in said and "before    after" in said and "winner_accuracy" in said
+    assert "8 preferences, 4 a step" in said and re.search(r"winner_accuracy +before [\d.]+ +after [\d.]+", said)
     assert Path(out, "verdict.html").exists()
+
+
+def test_without_adapters_there_is_no_reference(capsys):
+    with pytest.raises(SystemExit):
+        dpo.parse_args(["--lora-rank", "0"])
+    assert "the reference is the model without adapters: pass --lora-rank 1 or more" in capsys.readouterr().err
 
 
 class TwoWordings:
@@ -94,7 +102,7 @@ class TwoWordings:
 
 def test_traces_are_sampled_ranked_kept_and_reused(judge_folder, toy_folder, tmp_path, monkeypatch, capsys):
     """From pairs the judge writes traces, which are ranked and left in a file; a run that goes on does not write them again."""
-    monkeypatch.setattr(dpo, "LocalJudge", TwoWordings)
+    monkeypatch.setattr(reward, "LocalJudge", TwoWordings)
     args = [*small(toy_folder), "--model", judge_folder, "--data", f"{toy_folder}/pairs.jsonl", "--out", str(tmp_path), "--num-samples", "2",
             "--lora-rank", "2", "--max-steps", "2", "--save-every", "1"]
     dpo.main(args)
@@ -102,7 +110,7 @@ def test_traces_are_sampled_ranked_kept_and_reused(judge_folder, toy_folder, tmp
     preferred = data.read_records(tmp_path / "preferences.jsonl", "preference")
     assert [r["prompt"] for r in preferred] == [p["prompt"] for p in pairs if p["winner"] == "Image 1"]
     assert all((r["chosen"], r["rejected"]) == (GOOD, FAULTY) for r in preferred)
-    assert data.comparison(preferred[0]).media_1[0].size == (48, 48)
+    assert data.as_question(preferred[0]).media_1[0].size == (48, 48)
     num_questions = TwoWordings.asked
     assert num_questions == 2 * sum(p["winner"] != "Tie" for p in pairs)
     shutil.rmtree(tmp_path / "step_000002")
@@ -113,15 +121,26 @@ def test_traces_are_sampled_ranked_kept_and_reused(judge_folder, toy_folder, tmp
 
 
 def test_a_judge_of_reasoning_ranks_right_traces(toy_folder, tmp_path, monkeypatch):
-    """--judge is asked in both orders which of two right traces is better; this one prefers what data.rank_traces does not."""
+    """--judge is asked in both orders which of two right traces is better; this one prefers what dpo.rank_traces does not."""
     (tmp_path / "judge.py").write_text("def judge(questions):\n"
                                        "    texts = [q.prompt for q in questions]\n"
                                        "    first = [t.index('\"score_2\":1') < t.index('\"score_2\":3') for t in texts]\n"
                                        "    return ['{\"winner\": \"Answer %d\"}' % (1 if f else 2) for f in first]\n")
-    monkeypatch.setattr(dpo, "LocalJudge", TwoWordings)
-    args = dpo.parse_args(["--data", f"{toy_folder}/pairs.jsonl", "--num-samples", "2", "--judge", f"{tmp_path}/judge.py:judge"])
-    records, _ = dpo.sample_preferences(args, "cpu")
+    monkeypatch.setattr(reward, "LocalJudge", TwoWordings)
+    args = dpo.parse_args(["--model", str(tmp_path), "--data", f"{toy_folder}/pairs.jsonl", "--num-samples", "2", "--judge", f"{tmp_path}/judge.py:judge"])
+    records = [record for _, record in dpo.sample_preferences(args) if record]
     assert records and all((r["chosen"], r["rejected"]) == (FAULTY, GOOD) for r in records)
+
+
+def test_no_steps_leave_the_ranked_verdicts_of_a_sampler_and_the_model_as_it_was(judge_folder, toy_folder, tmp_path):
+    """The old ranking without training: the preferences are those of a named sampler, the saved model is the one to start from."""
+    (tmp_path / "sampler.py").write_text(f"def sampler(questions):\n    return [({GOOD!r}, {FAULTY!r})[i % 2] for i in range(len(questions))]\n")
+    dpo.main([*small(toy_folder), "--model", judge_folder, "--data", f"{toy_folder}/pairs.jsonl", "--sampler", f"{tmp_path}/sampler.py:sampler",
+              "--num-samples", "2", "--lora-rank", "2", "--max-steps", "0", "--out", str(tmp_path)])
+    preferred = data.read_records(tmp_path / "preferences.jsonl", "preference")
+    assert preferred and all((r["chosen"], r["rejected"]) == (GOOD, FAULTY) for r in preferred) and rows(tmp_path) == []
+    before, after = (AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in (judge_folder, tmp_path / "model"))
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
 
 
 def test_nothing_to_prefer_is_an_error(judge_folder, toy_folder, tmp_path):

@@ -13,23 +13,24 @@ import torch
 from PIL import Image
 from torch.distributions import Normal
 
+import data
 import grpo
 import reward
 import sft
 from conftest import ROOT
-from sft import run_pipeline, seeded_generator
+from data import run_pipeline, seeded_generator
 from test_dpo import GOOD
 from test_sft import rows, weights
 
 PROMPTS = ["a red circle", "a blue star above a green square"]
 RECORDS = [{"prompt": prompt} for prompt in PROMPTS]
 SEEDS = [(0, 0, 0, 0), (0, 0, 1, 1)]                 # (seed, step, prompt's index, member)
-FLEX = reward.Reward(1.0, "flex", None)
+FLEX = sft.Reward(1.0, "flex", None)
 
 
 @pytest.fixture(scope="module")
 def pipe(generator_folder):
-    return sft.load_pipeline(generator_folder, torch.device("cpu"))
+    return data.load_pipeline(generator_folder, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +66,11 @@ def call(pipe, **extra):
 
 # ---------------------------------------------------------------- the sampler
 
-def test_log_prob_is_the_normal_density():
-    x, mean, std = torch.randn(3, 9, 32), torch.randn(3, 9, 32), torch.tensor(.3)
-    torch.testing.assert_close(grpo.log_prob(x, mean, std), Normal(mean, std).log_prob(x).mean((1, 2)))
+def test_the_ratio_is_that_of_normal_densities():
+    x, mean, old, noise = torch.randn(4, 3, 9, 32)
+    std = torch.tensor(.3)
+    expected = (Normal(mean, std).log_prob(x) - Normal(old, std).log_prob(x)).mean((1, 2)).exp()
+    torch.testing.assert_close(grpo.policy_ratio(x, mean, old, std, noise, False), expected)
 
 
 def test_sde_step_worked_by_hand():
@@ -110,7 +113,7 @@ def test_a_rollout_records_its_own_noise(pipe):
     for i in range(3):
         std = grpo.sde_step(rollout.sigmas, i, rollout.x[i], rollout.x[i], .7)[1]
         torch.testing.assert_close(rollout.x[i + 1], rollout.means[i] + std * rollout.noises[i])
-        assert torch.equal(rollout.noises[i][1], sft.seeded_noise(rollout.x[0].shape[1:], *SEEDS[1], i))
+        assert torch.equal(rollout.noises[i][1], data.seeded_noise(rollout.x[0].shape[1:], *SEEDS[1], i))
 
 
 def test_image_is_a_function_of_its_prompt_and_seed(pipe):
@@ -172,7 +175,7 @@ def test_first_update_is_the_policy_gradient(ratio_norm, batch_size, generator_f
         assert sum(len(rollout.seeds) for rollout in rollouts) == 6 and len(rollouts) == 6 // batch_size
         for rollout in rollouts:
             for i in range(3):
-                v = sft.predict(pipes[0], rollout.x[i], rollout.timesteps[i], **rollout.call)
+                v = data.predict(pipes[0], rollout.x[i], rollout.timesteps[i], **rollout.call)
                 mean, std = grpo.sde_step(rollout.sigmas, i, rollout.x[i], v, .7)
                 logp = Normal(mean, std).log_prob(rollout.x[i + 1]).mean((1, 2))
                 scale = std / (rollout.sigmas[i] - rollout.sigmas[i + 1]) if ratio_norm else 1.0
@@ -215,15 +218,15 @@ def test_advantages_stay_within_groups_and_are_counted():
     torch.testing.assert_close(advantages, torch.tensor([-1., 1., 0., 1., -1., 0.]))
     assert asked == [6] and numbers["verdicts"] == 6                            # one call of the judge
     assert numbers["undecided"] == numbers["ties"] == numbers["zero_variance_groups"] == 0
-    advantages, numbers = step(lambda c: ["?"] * len(c), [FLEX], "--both-orders")
-    assert numbers["verdicts"] == 12 and numbers["undecided"] == numbers["zero_variance_groups"] == 1
+    advantages, numbers = step(lambda c: ["?"] * len(c), [FLEX], "--pairs", "ring:1")
+    assert numbers["verdicts"] == 6 and numbers["undecided"] == numbers["zero_variance_groups"] == 1
     assert advantages.eq(0).all() and numbers["judge_failures"] == 0
     assert step(lambda c: [reward.Failure("down")] * len(c), [FLEX])[1]["judge_failures"] == 1
-    index = reward.Reward(.3, "index", lambda media, prompts: [{10: 0, 30: 0, 20: 0, 250: 5, 200: 6, 240: 7}[frames[0].getpixel((0, 0))[0]] for frames in media])
-    advantages, numbers = step(judge, [reward.Reward(.7, "flex", None), index])     # a further reward, told apart inside its group only
+    index = sft.Reward(.3, "index", lambda media, prompts: [{10: 0, 30: 0, 20: 0, 250: 5, 200: 6, 240: 7}[frames[0].getpixel((0, 0))[0]] for frames in media])
+    advantages, numbers = step(judge, [sft.Reward(.7, "flex", None), index])     # a further reward, told apart inside its group only
     torch.testing.assert_close(advantages, torch.tensor([-.7, .7, 0, .7 - .3, -.7, .3]))
     assert numbers["reward/index"] == 3 and numbers["verdicts"] == 6
-    assert step(judge, [reward.Reward(100.0, "flex", None)])[0].abs().max() == 5
+    assert step(judge, [sft.Reward(100.0, "flex", None)])[0].abs().max() == 5
 
 
 def test_a_judge_sees_8_frames_of_a_long_clip_as_in_its_training(tmp_path, monkeypatch):
@@ -236,13 +239,12 @@ def test_a_judge_sees_8_frames_of_a_long_clip_as_in_its_training(tmp_path, monke
     rollout = grpo.Rollout({"prompt": ["a cat"] * 2}, [(0, 0, 0, 0), (0, 0, 0, 1)], clips)
     grpo.judge_rollouts([rollout], judge, [FLEX], grpo.parse_args(["--group-size", "2", "--pairs", "all"]))
     assert rollout.advantages.result().abs().min() > 0
-    score, = reward.load_rewards("score", lambda asked: questions.extend(asked) or ["Final Score: 3"])
-    assert reward.reward_values(score, clips[:1], ["a cat"]).tolist() == [3]
+    score, = sft.load_rewards("score", lambda asked: questions.extend(asked) or ["Final Score: 3"])
+    assert sft.reward_values(score, clips[:1], ["a cat"])["score"].tolist() == [3]
     (tmp_path / "prompts.txt").write_text("a cat\n")
     monkeypatch.setattr(grpo, "evaluate_samples", lambda *args: (clips[:1], {}))
     args = grpo.parse_args(["--eval-data", str(tmp_path / "prompts.txt"), "--out", str(tmp_path)])
     assert grpo.evaluate(None, judge, clips[1:], args, {})["win_rate"] in (0, 1)
-    assert (tmp_path / "before_after.html").exists()
     for medium in [questions[0].media_1, questions[0].media_2, questions[1].media, questions[2].media_1]:
         assert [frame.getpixel((0, 0))[0] for frame in medium] == [0, 5, 9, 14, 18, 23, 27, 32]
 
@@ -294,8 +296,8 @@ def test_run_resumes_exactly_and_starts_at_ratio_1(lora, generator_folder, judge
     grpo.main([*words, "--resume"])
     torch.testing.assert_close(weights(out, 4), whole, rtol=0, atol=0)
     assert [row["loss"] for row in rows(out)] == [row["loss"] for row in log]
-    for page in ("samples_000002.html", "before_after.html"):
-        assert "data:image" in (out / page).read_text()
+    for page, num in (("samples.html", 4), ("before_after.html", 8)):
+        assert (out / page).read_text().count("data:image") == num
 
 
 def test_batches_of_groups_and_of_parts_of_them_give_the_same_update(generator_folder, judge_folder, files, tmp_path, monkeypatch):
@@ -311,7 +313,7 @@ def test_batches_of_groups_and_of_parts_of_them_give_the_same_update(generator_f
 def test_several_updates_of_a_rollout_leave_ratio_1(generator_folder, judge_folder, files, tmp_path, monkeypatch):
     fake_verdicts(monkeypatch)
     grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", judge_folder, "--updates", "2", "--max-steps", "2",
-                      "--lr", "1e-2", "--category-weights", "1", "1", "1", "1"))
+                      "--lr", "1e-2", "--category-weights", "1", "1", "1"))
     first, second = rows(tmp_path / "run")
     assert first["ratio_error"] == second["ratio_error"] == 0 and first["clip_fraction"] > 0 and second["kl"] > 0
 
@@ -340,12 +342,19 @@ def test_a_policy_that_is_not_the_one_that_sampled_stops_the_run(generator_folde
 
 
 def test_too_many_undecided_verdicts_stop_the_run_and_show_one(generator_folder, judge_folder, files, tmp_path):
-    with pytest.raises(RuntimeError, match=r"(?s)12 of 12 verdicts are undecided, more than --max-parse-fail 0.5. One of them:\n."):
-        grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", judge_folder, "--both-orders"))
+    with pytest.raises(RuntimeError, match=r"(?s)6 of 6 verdicts are undecided, more than --max-parse-fail 0.5. One of them:\n."):
+        grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", judge_folder))
     with pytest.raises(RuntimeError, match="6 of 6 scores are missing, more than --max-parse-fail 0.5"):
         grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:missing"))
     grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", judge_folder, "--max-parse-fail", "1"))
     assert rows(tmp_path / "run")[0]["undecided"] == 1 and rows(tmp_path / "run")[0]["zero_variance_groups"] == 1
+
+
+def test_a_reward_of_your_own_needs_no_judge_whatever_its_name(generator_folder, files, tmp_path, monkeypatch):
+    shutil.copy(files / "rewards.py", tmp_path / "flexible_score.py")
+    monkeypatch.setattr(grpo, "load_judge", None)
+    grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{tmp_path}/flexible_score.py:bright:.5"))
+    assert rows(tmp_path / "run")[0]["scores"] == 6 and rows(tmp_path / "run")[0]["verdicts"] == 0
 
 
 def test_an_error_of_the_reward_ends_the_run(generator_folder, files, tmp_path):
@@ -371,7 +380,7 @@ def test_ctrl_c_does_not_wait_for_the_judge(generator_folder, files, tmp_path):
 @pytest.mark.parametrize("extra, message", [
     (["--batch-size", "4"], "--batch-size 4: pass a multiple or a divisor of --group-size 3"),
     (["--num-prompts", "7"], "--num-prompts 7: .* at most as many as .*prompts.txt holds, 6"),
-    (["--kl", ".1", "--lora-rank", "0"], "--kl needs adapters.*: pass --lora-rank, or --kl 0"),
+    (["--kl", ".1", "--lora-rank", "0"], "--kl is the distance to the model without adapters: pass --lora-rank, or --kl 0"),
     (["--eta", "0"], "--eta and --sde-steps must be above 0"),
     (["--sde-steps", "0"], "--eta and --sde-steps must be above 0")])
 def test_options_that_do_not_fit_are_refused(extra, message, generator_folder, files, tmp_path):
@@ -400,5 +409,5 @@ def test_missing_stages_name_their_commands(tmp_path, monkeypatch, generator_fol
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="sft.py --task generator"):
         grpo.main([])
-    with pytest.raises(ValueError, match="python sft.py"):
+    with pytest.raises(ValueError, match="no judge in out/judge-dpo/model: train one by sft.py and dpo.py, or pass --judge"):
         grpo.main(options(files, generator_folder, tmp_path / "run"))

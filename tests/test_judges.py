@@ -1,4 +1,5 @@
 """reward.py's judges behind a server, other rewards, media and commands. CPU; the only network is the loopback."""
+import argparse
 import contextlib
 import json
 import math
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,12 +20,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
+import data
 import reward
-from reward import (Candidate, Comparison, Failure, LocalJudge, ServerJudge, accuracy, evaluate_judge, group_advantages, interval,
-                    load_media, load_rewards, measure, needs_judge, normalize, parse_verdict, reward_values, sample_pairs, win_rates)
+import sft
+from reward import (Candidate, Comparison, Failure, LocalJudge, ServerJudge, format_verdict, group_advantages, load_media, normalize,
+                    parse_verdict, sample_pairs, win_rates)
+from sft import load_rewards, reward_values
 from test_reward import GOOD, NAMES, OTHER, answer, category, rates_of, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,7 +178,8 @@ def test_a_server_that_dies_in_the_middle_costs_only_what_it_had_not_answered():
     with server(behave) as (url, seen):
         texts = judge_of(url, concurrency=1)([question(f"q{i}") for i in range(10)])
     assert texts[:4] == [GOOD] * 4 and all(isinstance(text, Failure) for text in texts[4:])
-    result = evaluate_judge(lambda asked: texts, [question("p")] * 5, [1] * 5, random.Random(0))
+    pair = {"prompt": "p", "images": [picture("red"), picture("blue")], "winner": "Image 1"}
+    result, _ = data.evaluate_judge(lambda asked: texts, [pair] * 5)
     assert result["failures"] == 6 and result["parse_rate"] == .4
 
 
@@ -221,8 +226,7 @@ def test_grpo_counts_a_flaky_judge_and_stops_at_a_dead_one(generator_folder, tmp
 def test_transformers_serve_answers_like_the_local_judge(judge_folder, tmp_path):
     """The toy judge behind the server that comes with transformers; hub access is switched off, as on cluster nodes."""
     port, log = free_port(), open(tmp_path / "log", "w")
-    script = ("import sys, transformers; sys.path[:0] = [%r]; from reward import load_processor; from transformers.cli.transformers import main; "
-              "transformers.AutoProcessor.from_pretrained = staticmethod(lambda path, **kwargs: load_processor(path)); "      # torchvision may be missing
+    script = ("import sys; sys.path[:0] = [%r]; from reward import leave_out_video; from transformers.cli.transformers import main; leave_out_video(); "
               "sys.argv = ['transformers', 'serve', %r, '--host', '127.0.0.1', '--port', '%d', '--device', 'cpu', '--dtype', 'float32']; main()" % (str(ROOT), judge_folder, port))
     process = subprocess.Popen([sys.executable, "-c", script], stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
@@ -270,7 +274,7 @@ def test_advantages_of_several_prompts_against_brute_force(weights, alpha):
     """Weights: equal as in the paper, or 1, .7, .7 as in the original FLUX script."""
     weights, rng = {"paper": dict(A=1., B=1., C=1.), "code": dict(A=1., B=.7, C=.7)}[weights], random.Random(1)
     for num_items in (4, 5):
-        for pairs in (sample_pairs(num_items, "all", rng), sample_pairs(num_items, "ring:2", rng, both_orders=True)):
+        for pairs in (sample_pairs(num_items, "all", rng), [p[::d] for p in sample_pairs(num_items, "ring:2", rng) for d in (1, -1)]):
             winners = [rng.choice([1, 2, 1, 2, 0]) for _ in pairs]
             anchors = [{d: rng.choice([1, 2, 0]) for d in "ABC"} for _ in pairs]
             verdicts = [verdict(w, **a) for w, a in zip(winners, anchors)]
@@ -294,54 +298,40 @@ def test_rewards_by_name(tmp_path, monkeypatch):
     path = tmp_path / "mine.py"
     path.write_text("def red(media, prompts):\n    return [frames[0].getpixel((0, 0))[0] / 255 for frames in media]\nbad = lambda m, p: [1.0]\n")
     flex, mine = load_rewards(f"flex:0.7, {path}:red:0.3")
+    assert load_rewards("none") == []
     assert (flex.weight, flex.name, flex.function) == (.7, "flex", None) and (mine.weight, mine.name) == (.3, f"{path}:red")
-    assert [needs_judge(text) for text in ("flex:0.7,clip", "clip, score:2", f"clip:1,{path}:red")] == [True, True, False]
-    assert reward_values(mine, [[picture("red")], [picture("blue")]], ["p"] * 2).tolist() == [1, 0]
+    assert {name: values.tolist() for name, values in reward_values(mine, [[picture("red")], [picture("blue")]], ["p"] * 2).items()} == {mine.name: [1, 0]}
     path.write_text(path.read_text() + "none = lambda m, p: None\nholes = lambda m, p: [None, 1.0]\n")
     for name in ("bad", "none", "holes"):
         with pytest.raises(ValueError, match="returned .* for 2 items"):
             reward_values(load_rewards(f"{path}:{name}")[0], [[picture()]] * 2, ["p"] * 2)
-    for text, words in [("flex:nan", "weight"), (f"{path}:nowhere", "has no function nowhere"), ("clop:1", "'clop' is unknown"), (f"{tmp_path}/other.py:f", "unknown")]:
+    for text, words in [("flex:nan", "weight"), (f"{path}:nowhere", "has no function nowhere"), ("clip:1", "'clip' is unknown"), (f"{tmp_path}/other.py:f", "unknown")]:
         with pytest.raises(ValueError, match=words):
             load_rewards(text)
     said = {"a": "Final Score: 4", "b": "no idea"}
     scored, = load_rewards("score", judge=lambda questions: [said[q.prompt] for q in questions])
-    assert reward_values(scored, [[picture()]] * 2, ["a", "b"]).tolist() == pytest.approx([4, math.nan], nan_ok=True)
+    assert reward_values(scored, [[picture()]] * 2, ["a", "b"])["score"].tolist() == pytest.approx([4, math.nan], nan_ok=True)
 
 
-def test_measures_of_a_watch_are_means_without_missing_values(tmp_path):
+def test_measures_of_a_watch_are_means_without_missing_values(tmp_path, monkeypatch):
     path = tmp_path / "watch.py"
     path.write_text("def two(media, prompts):\n    return {'long': [len(p) for p in prompts], 'odd': [float('nan'), 1.0, 0.0]}\n"
                     "def one(media, prompts):\n    return [2.0, float('nan'), 4.0]\n")
-    media, prompts = [[picture()]] * 3, ["a", "bb", "ccc"]
-    assert measure(f"{path}:two,{path}:one", media, prompts) == {"long": 2, "odd": .5, f"{path}:one": 3} and measure("none", media, prompts) == {}
+    (tmp_path / "prompts.txt").write_text("a\nbb\nccc\nbeyond\n")
+    monkeypatch.setattr(sft, "sample_media", lambda pipe, records, seeds, batch_size, call: [[picture()] for _ in records])
+
+    def measure(watch):
+        args = argparse.Namespace(eval_data=f"{tmp_path}/prompts.txt", batch_size=2, bf16=False, out=str(tmp_path), watch=watch)
+        media, numbers = sft.evaluate_samples(types.SimpleNamespace(device=torch.device("cpu")), args, {}, num=3)
+        assert len(media) == 3 and (tmp_path / "samples.html").read_text().count("<figure") == 3
+        return numbers
+
+    assert measure(f"{path}:two,{path}:one") == {"long": 2, "odd": .5, f"{path}:one": 3} and measure("none") == {}
     with pytest.raises(ValueError, match="unknown"):
-        measure("nowhere.py:f", media, prompts)
+        measure("nowhere.py:f")
     path.write_text("def short(media, prompts):\n    return {'few': [1.0]}\n")
     with pytest.raises(ValueError, match=r"reward few returned \[1.0\] for"):
-        measure(f"{path}:short", media, prompts)
-
-
-def test_clip_score_is_the_cosine_of_clips_embeddings(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<bos>", "<eos>", "a", "red", "star"])}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<eos>", eos_token="<eos>", bos_token="<bos>", model_max_length=8)
-    torch.manual_seed(0)
-    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    model = CLIPModel(CLIPConfig(text_config=dict(vocab_size=6, max_position_embeddings=8, **small), vision_config=dict(image_size=16, patch_size=8, **small),
-                                 projection_dim=8)).eval()
-    processor = CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16), tokenizer)
-    model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
-    reward_fn, = load_rewards(f"clip@{tmp_path}:0.3")
-    media, prompts = [[picture("red")], [picture("blue"), picture("green")]], ["a red star", "a star"]
-    with torch.no_grad():
-        pixels = [processor.image_processor(m, return_tensors="pt")["pixel_values"] for m in media]
-        image = [F.normalize(model.get_image_features(p).pooler_output, dim=-1) for p in pixels]
-        text = [F.normalize(model.get_text_features(**tokenizer([p], return_tensors="pt")).pooler_output, dim=-1) for p in prompts]
-    truth = [(i @ t.T).mean().item() for i, t in zip(image, text)]
-    assert reward_values(reward_fn, media, prompts).tolist() == pytest.approx(truth, abs=1e-5) and abs(truth[0]) > 1e-3
+        measure(f"{path}:short")
 
 
 def test_media_of_all_kinds(tmp_path):
@@ -373,20 +363,7 @@ def test_a_missing_av_is_named(tmp_path, monkeypatch):
         load_media(tmp_path / "a.mp4")
 
 
-# ------------------------------------------------------------------------------------------------ the exam, the commands
-
-def test_accuracy_of_plain_votes():
-    """tau counts ties, diff leaves them out: 4 pairs have a winner, 2 of them right; of all 6, 1 of 2 ties is right."""
-    votes = [("left", "left"), ("right", "left"), ("rightvote", "rightvote"), ("tie", "right"), ("tievote", "bothbad_vote"), ("left", "both bad")]
-    assert accuracy(votes)[0] == .5 and accuracy(votes)[2] == 4
-    assert accuracy(votes, ties=True)[0] == .5 and accuracy(votes, ties=True)[2] == 6
-    assert accuracy([(None, 1), (1, 1), (0, 0)], ties=True)[0] == pytest.approx(2 / 3)
-    assert interval(50, 100) == pytest.approx((.4038, .5962), abs=1e-4)         # Wilson, a textbook's value
-    assert math.isnan(accuracy([("tie", "tie")])[0]) and interval(10, 10)[1] == pytest.approx(1)
-    for votes, words in [([("up", "left")], "vote 'up'"), ([(None, None)], "vote None")]:
-        with pytest.raises(ValueError, match=words):
-            accuracy(votes)
-
+# ------------------------------------------------------------------------------------------------ the commands
 
 def redder(questions, **_):
     """A judge that prefers more red and gives its reasons."""
@@ -397,68 +374,66 @@ def redder(questions, **_):
 def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reward, "load_judge", lambda *args, **kwargs: redder)
-    monkeypatch.setattr(reward, "latest_judge", lambda: "the newest")
     for name, red in zip("abcd", (10, 250, 90, 170)):
         picture((red, 0, 0)).save(f"{name}.png")
 
     reward.main(["a.png", "b.png", "--prompt", "<b>red</b> & round", "--html", "one.html"])
-    page = Path("one.html").read_text()
-    assert "overall: 2 wins" in capsys.readouterr().out and "&lt;b&gt;red" in page and "<b>red" not in page
+    page, said = Path("one.html").read_text(), capsys.readouterr().out
+    assert "overall: 2 wins" in said and "advantage" not in said and "&lt;b&gt;red" in page and "<b>red" not in page
     assert page.count("data:image/png;base64,") == 2 and not re.search(r"(src|href)=\"(?!data:)", page)
+    assert re.findall('<figure class="won"><figcaption>(.*?)<', page) == ["b.png"] and "overall: 2 wins" in page and "7 : 3  ███████░░░" in page
 
     evil = answer(categories=[{"name": "<script>A", "dims": [{"name": '<div class="bar">', "reason_1": "<script>1", "score_1": 3, "score_2": 7}], "cat_reason": "<script>"}],
                   reason="<script>")
-    assert "<script" not in reward.verdict_html(parse_verdict(json.dumps(evil))) and "&lt;div class=" in reward.verdict_html(parse_verdict(json.dumps(evil)))
+    page = reward.report_html("<script>", [("<script>", [picture()], True)], format_verdict(parse_verdict(json.dumps(evil)), "<script>"))
+    assert "<script" not in page and "&lt;div class=" in page
 
-    reward.main(["rank", "a.png", "b.png", "c.png", "d.png", "--prompt", "red", "--json", "--html", "all.html"])
-    found = json.loads(capsys.readouterr().out)
-    assert [row["item"] for row in found["items"]] == ["b.png", "d.png", "c.png", "a.png"] and len(found["pairs"]) == 6
-    assert [row["win rate"] for row in found["items"]] == pytest.approx([1, 2 / 3, 1 / 3, 0]) and found["items"][0]["advantage"] > 0
-    assert Path("all.html").read_text().count("<details>") == 6
-    with pytest.raises(SystemExit, match="the judge answered nothing: HTTP 401"):
-        monkeypatch.setattr(reward, "load_judge", lambda *args, **kwargs: lambda questions, **_: [Failure("HTTP 401")] * len(questions))
-        reward.main(["rank", "a.png", "b.png", "--prompt", "red"])
-    with pytest.raises(SystemExit, match="HTTP 401"):
-        reward.main(["a.png", "b.png", "--prompt", "red", "--json"])
+    reward.main(["a.png", "b.png", "c.png", "d.png", "--prompt", "red", "--html", "all.html"])
+    head, *table, counts, _ = capsys.readouterr().out.splitlines()
+    assert head.split() == ["item", "win", "rate", "A", "B", "C", "advantage"] and counts.startswith("6 pairs, 0 ties, 0 undecided")
+    assert [row.split()[:2] for row in table] == [["b.png", "1.000"], ["d.png", "0.667"], ["c.png", "0.333"], ["a.png", "0.000"]] and float(table[0].split()[-1]) > 0
+    page = Path("all.html").read_text()
+    assert len(re.findall(r"1 is [a-d]\.png, 2 is [a-d]\.png", page)) == page.count("overall: ") == 6 and head in page
+    for items in (["a.png", "b.png"], ["a.png", "b.png", "c.png"]):
+        with pytest.raises(SystemExit, match="the judge answered nothing: HTTP 401"):
+            monkeypatch.setattr(reward, "load_judge", lambda *args, **kwargs: lambda questions, **_: [Failure("HTTP 401")] * len(questions))
+            reward.main([*items, "--prompt", "red"])
     monkeypatch.setattr(reward, "load_judge", lambda *args, **kwargs: redder)
-    reward.main(["rank", "a.png", "b.png", "c.png", "d.png", "--prompt", "red", "--pairs", "ring:1"])
+    reward.main(["a.png", "b.png", "c.png", "d.png", "--prompt", "red", "--pairs", "ring:1"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split()[0] == "b.png" and lines[0].split() == ["item", "win", "rate", "A", "B", "C", "advantage"] and lines[-1].startswith("4 pairs")
+    assert lines[1].split()[0] == "b.png" and lines[-1].startswith("4 pairs")
 
-    rows = [{"prompt": "p", "images": ["a.png", "b.png"], "winner": "Image 2", "type": "x"}, {"prompt": "p", "images": ["b.png", "a.png"], "winner": "left", "type": "x"},
-            {"prompt": "p", "images": ["c.png", "d.png"], "winner": "Image 1", "type": "y"}, {"prompt": "p", "images": ["c.png", "d.png"], "winner": "Tie", "type": "y"}]
+    rows = [{"prompt": "p", "images": ["a.png", "b.png"], "winner": "Image 2"}, {"prompt": "p", "images": ["b.png", "a.png"], "winner": "Image 1"},
+            {"prompt": "p", "images": ["c.png", "d.png"], "winner": "Image 1"}, {"prompt": "p", "images": ["c.png", "d.png"], "winner": "Tie"}]
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    reward.main(["eval", "pairs.jsonl", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["winner_accuracy"] == pytest.approx(2 / 3) and found["tau_accuracy"] == .5 and found["by_type"] == {"x": 1, "y": 0}
-    assert found["swap_consistency"] == 1 and found["failures"] == 0
-    reward.main(["eval", "pairs.jsonl"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["winner_accuracy_95"] == pytest.approx([.2077, .9385], abs=1e-4) and "answers" not in found
+    monkeypatch.setattr(data, "load_judge", lambda *args, **kwargs: redder)
+    data.main(["eval", "pairs.jsonl", "--model", "redder"])
+    found = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert (found["winner_accuracy"], found["tau_accuracy"], found["swap_consistency"], found["failures"]) == ("0.667", "0.500", "1.000", "0.000")
 
     monkeypatch.setattr(reward, "load_judge", lambda *args, **kwargs: lambda questions: ["Style Score (1-5): 3\nFinal Score: 4", "hm"][:len(questions)])
-    reward.main(["score", "a.png", "b.png", "--prompt", "red"])
-    found = json.loads(capsys.readouterr().out)
-    assert (found["a.png"]["value"], found["a.png"]["parts"]) == (4, {"Style Score": 3}) and (found["b.png"]["value"], found["b.png"]["issues"]) == (None, ["no clear score"])
+    reward.main(["a.png", "b.png", "--prompt", "red", "--score"])
+    assert capsys.readouterr().out.splitlines() == ["a.png: 4.0", "Style Score (1-5): 3", "Final Score: 4", "", "b.png: None", "hm", ""]
 
 
 @pytest.mark.parametrize("argv,words", [
-    (["a.png", "--prompt", "x"], "compare takes 2 items, not 1"), (["rank", "a.png", "--prompt", "x"], "needs at least 2"),
-    (["rank", "--prompt", "", "a.png", "a.png"], "prompt is empty"), (["rank", "a.png", "none.png", "--prompt", "x"], "none.png"), (["eval", "none.jsonl"], "none.jsonl"),
-    (["eval", "bad.jsonl"], "bad.jsonl:2.*Image 3"), (["eval", "null.jsonl"], "null.jsonl:1.*no winner"), (["eval", "blank.jsonl"], "blank.jsonl:1.*prompt is empty"),
-    (["a.png", "a.png", "--prompt", "x", "--judge", "http://a:1,"], "is no URL"), (["eval", "empty.jsonl"], "no pairs"),
-    (["rank", "a.png", "a.png", "--prompt", "x", "--pairs", "ring:7"], "K goes from 1 to 1")])
+    (["a.png", "--prompt", "x"], "1 items; expected 'all', of 2 or more"), (["a.png", "a.png"], "required: --prompt"), (["--prompt", "x"], "required: ITEM"),
+    (["--prompt", "", "a.png", "a.png"], "prompt is empty"), (["a.png", "none.png", "--prompt", "x"], "none.png"), (["eval", "none.jsonl"], "none.jsonl"),
+    (["eval", "bad.jsonl"], "bad.jsonl:2.*Image 3"), (["eval", "null.jsonl"], "null.jsonl:1.*'winner' is None"), (["eval", "blank.jsonl"], "blank.jsonl:1.*'prompt' is ' '"),
+    (["a.png", "a.png", "--prompt", "x", "--judge", "http://a:1,"], "is no URL"), (["eval", "empty.jsonl"], "no pair records"),
+    (["a.png", "a.png", "a.png", "--prompt", "x", "--pairs", "ring:7"], "K from 1 to 1")])
 def test_command_errors(tmp_path, monkeypatch, capsys, argv, words):
     monkeypatch.chdir(tmp_path)
-    opened = reward.load_judge
-    monkeypatch.setattr(reward, "load_judge", lambda judge, *args, **kwargs: opened(judge) if judge != "the newest" else redder)
-    monkeypatch.setattr(reward, "latest_judge", lambda: "the newest")
+    Path("mine.py").write_text("judge = lambda questions: ['?'] * len(questions)\n")
     picture().save("a.png")
     row = {"prompt": "p", "images": ["a.png", "a.png"], "winner": "Image 1"}
     Path("bad.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "winner": "Image 3"})), Path("empty.jsonl").write_text("\n")
     Path("null.jsonl").write_text(json.dumps({**row, "winner": None})), Path("blank.jsonl").write_text(json.dumps({**row, "prompt": " "}))
     with pytest.raises(SystemExit) as stop:
-        reward.main(argv)
+        if argv[0] == "eval":
+            data.main([*argv, "--model", "mine.py:judge"])
+        else:
+            reward.main(["--judge", "mine.py:judge", *argv])
     assert re.search(words, str(stop.value) + capsys.readouterr().err)
 
 

@@ -23,7 +23,7 @@ ADVANTAGES = torch.tensor([1., -1., .5])
 def family(request):
     """(the driven pipeline, the arguments of a call)"""
     pipe, args = make(request.param)
-    return sft.drive(pipe, CPU), {**args, "prompt": PROMPTS, "num_inference_steps": STEPS, "output_type": "pt"}
+    return data.drive(pipe, CPU), {**args, "prompt": PROMPTS, "num_inference_steps": STEPS, "output_type": "pt"}
 
 
 def options(*extra):
@@ -34,8 +34,7 @@ def policy_gradient(pipe, rollout, advantages, args):
     """The largest |ratio - 1| at the rollout's stochastic steps; gradients are left in the denoisers."""
     errors = []
     for i in range(args.sde_steps):
-        v = grpo.velocity_at(pipe, rollout, i, args)
-        mean, std = grpo.sde_step(rollout.sigmas, i, rollout.x[i], v, args.eta)
+        mean, std = grpo.mean_at(pipe, rollout, i, args)
         ratio = grpo.policy_ratio(rollout.x[i + 1], mean, rollout.means[i], std, rollout.noises[i], args.ratio_norm)
         losses, _ = grpo.grpo_loss(ratio, advantages, args.clip_range)
         losses.mean().backward()
@@ -47,22 +46,25 @@ def gradients(policy):
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
-def test_media_for_training_have_as_many_frames_as_the_pipeline_makes(family, tmp_path):
+def test_media_for_training_have_as_many_frames_as_the_pipeline_makes(family, monkeypatch):
     pipe, call = family
     with torch.no_grad():
-        frames = sft.frames_of(sft.run_pipeline(pipe, **{**call, "output_type": "pil"}))[0]
+        frames = data.frames_of(data.run_pipeline(pipe, **{**call, "output_type": "pil"}))[0]
     num_frames = data.num_frames_of(pipe, call)
     assert len(frames) == num_frames
-    assert data.load_frames({}, frames, num_frames, type(pipe).__name__) == frames
-    with pytest.raises(ValueError, match="films.jsonl:3"):
-        data.load_frames({"where": "films.jsonl:3"}, frames * 2, num_frames, type(pipe).__name__)
+    field, seen = "images" if num_frames == 1 else "videos", []
+    monkeypatch.setattr(data, "encode_media", lambda pipe, media, call: seen.extend(media) or torch.zeros(1))
+    data.encode_records(pipe, [{field: [frames]}], call)
+    assert seen == [frames]
+    with pytest.raises(ValueError, match=f"films.jsonl:3: .* frames, the pipeline makes {num_frames}: num_frames in --pipe-args"):
+        data.encode_records(pipe, [{"where": "films.jsonl:3", field: [frames * 2]}], call)
 
 
 def test_eta_0_is_the_stock_sampler(family):
     pipe, call = family
-    generators = [sft.seeded_generator(*seed[:-1]) for seed in SEEDS]
+    generators = [data.seeded_generator(*seed[:-1]) for seed in SEEDS]
     with torch.no_grad():
-        stock = sft.run_pipeline(pipe, generator=generators, **call)[0]
+        stock = data.run_pipeline(pipe, generator=generators, **call)[0]
     rollout = grpo.sample(pipe, RECORDS, SEEDS, options("--eta", "0"), call)
     assert torch.equal(torch.stack([frames[0] for frames in rollout.media]), stock)
 
@@ -79,10 +81,10 @@ def test_the_schedule_is_a_flow_whose_timesteps_the_model_is_told(family):
 def test_ratio_is_1_at_the_first_update_and_gradients_arrive(family, lora):
     """With adapters where sft.add_lora puts them by default, and with all weights."""
     pipe, call = family
-    policy = sft.denoisers(pipe)
+    policy = data.denoisers(pipe)
     rollout = grpo.sample(pipe, RECORDS, SEEDS, options(), call)
     if lora:
-        sft.add_lora(policy, 2, 2)
+        sft.add_lora(policy, 2)
         for name, model in policy.items():
             blocks = tuple(sft.repeated_blocks(model))
             assert all(layer.startswith(blocks) for layer in sft.lora_layers(model)) and len(sft.lora_layers(model)) > 5
@@ -92,8 +94,8 @@ def test_ratio_is_1_at_the_first_update_and_gradients_arrive(family, lora):
     if lora:
         assert all(".lora_" in name for name in arrived)
         with torch.no_grad(), sft.disable_lora(policy):
-            reference = grpo.velocity_at(pipe, rollout, 0, options())
-        assert torch.equal(reference, grpo.velocity_at(pipe, rollout, 0, options()).detach())   # B is 0
+            reference, _ = grpo.mean_at(pipe, rollout, 0, options())
+        assert torch.equal(reference, grpo.mean_at(pipe, rollout, 0, options())[0].detach())    # B is 0
     policy.zero_grad()
     for name, layer in sft.lora_layers(policy).items():                         # as it was, for the next test
         policy.set_submodule(name, layer.base)
@@ -130,7 +132,7 @@ def guided_by_hand(name, pipe, x, sigma, args):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_velocity_and_gradients_equal_a_direct_call(name, bf16):
     pipe, args = make(name)
-    sft.drive(pipe, CPU)
+    data.drive(pipe, CPU)
     shape = {"FLUX.1": (3, 16, 16), "SD3.5": (3, 4, 8, 8), "Wan 2.1": (3, 16, 2, 2, 2)}[name]
     x, sigma, weight = torch.randn(shape), torch.tensor(.6), torch.randn(shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
@@ -139,7 +141,7 @@ def test_velocity_and_gradients_equal_a_direct_call(name, bf16):
     expected = gradients(pipe.transformer)
     pipe.transformer.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
-        v = sft.velocity(pipe, x, sigma, prompt=PROMPTS, **args)
+        v = data.predict(pipe, x, 1000 * sigma, prompt=PROMPTS, **args)
     (v.float() * weight).sum().backward()
     torch.testing.assert_close(v, by_hand)
     ours = gradients(pipe.transformer)
@@ -152,18 +154,18 @@ def test_velocity_takes_a_noise_level_for_each_sample(family):
     """At other noise levels in a batch each sample gets what it gets alone."""
     pipe, call = family
     rollout = grpo.sample(pipe, RECORDS, SEEDS, options(), call)
-    call, sigmas, alone = sft.unguided(pipe, call), torch.tensor([.9, .5, .5]), []
+    call, sigmas, alone = data.unguided(pipe, call), torch.tensor([.9, .5, .5]), []
     one = {"image": call["image"][:1]} if isinstance(call.get("image"), list) else {}
     with torch.no_grad():
-        together = sft.velocity(pipe, rollout.x[1], sigmas, **call)
+        together = data.predict(pipe, rollout.x[1], 1000 * sigmas, **call)
         for i in range(2):
-            alone.append(sft.velocity(pipe, rollout.x[1][i:i + 1], sigmas[i], **{**call, "prompt": [PROMPTS[i]], **one}))
+            alone.append(data.predict(pipe, rollout.x[1][i:i + 1], 1000 * sigmas[i], **{**call, "prompt": [PROMPTS[i]], **one}))
     torch.testing.assert_close(together[:2], torch.cat(alone), atol=1e-4, rtol=1e-3)
 
 
 def test_bf16_autocast_keeps_the_ratio_near_1_and_checkpointing_the_gradients(family):
     pipe, call = family
-    policy, args, found = sft.denoisers(pipe), options("--bf16"), []
+    policy, args, found = data.denoisers(pipe), options("--bf16"), []
     rollout = grpo.sample(pipe, RECORDS, SEEDS, args, call)
     for recompute in (False, True):
         policy.zero_grad()
@@ -180,18 +182,18 @@ def test_bf16_autocast_keeps_the_ratio_near_1_and_checkpointing_the_gradients(fa
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_offloaded_encoders_change_nothing(name):
-    """They leave the pipeline while nothing is encoded, and come back for another prompt."""
-    pictures = []
-    for offload in (False, True):
-        pipe, args = make(name)
-        sft.drive(pipe, CPU, offload_encoders=offload)
-        for records in (RECORDS, RECORDS[::-1]):
-            call = {**args, "num_inference_steps": STEPS, "output_type": "pt"}
-            pictures.append(grpo.sample(pipe, records, SEEDS, options(), call).media)
-            assert not offload or pipe.text_encoder is None
-    for stock, offloaded in zip(pictures[:2], pictures[2:]):
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(stock, offloaded))
+def test_prompts_are_encoded_once_and_remembered_each(name):
+    """A call with the same prompts asks no encoder; one with other prompts gives other pictures."""
+    pipe, args = make(name)
+    asked, stock, pictures = [], pipe.encode_prompt, []
+    pipe.encode_prompt = lambda *args, **kwargs: asked.append(1) or stock(*args, **kwargs)
+    data.drive(pipe, CPU)
+    for records in (RECORDS, RECORDS[::-1], RECORDS):
+        before = len(asked)
+        call = {**args, "num_inference_steps": STEPS, "output_type": "pt"}
+        pictures.append(grpo.sample(pipe, records, SEEDS, options(), call).media)
+    assert len(asked) == before > 0
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(pictures[0], pictures[2]))
     assert not torch.equal(pictures[0][0][0], pictures[1][0][0])
 
 
@@ -214,12 +216,12 @@ def edits(folder):
 def test_source_images_go_along_with_their_prompts(name, tmp_path):
     """Each prompt has an image of its own to edit or animate: another source gives another result."""
     pipe, args = make(name)
-    sft.drive(pipe, CPU)
+    data.drive(pipe, CPU)
     args.pop("image")
     records = edits(tmp_path)
     call = {**args, "num_inference_steps": STEPS, "output_type": "pt"}
-    both = sft.sample_media(pipe, records, [1, 1], 2, call)
-    alone = sft.sample_media(pipe, records[1:], [1], 2, call)
+    both = data.sample_media(pipe, records, [1, 1], 2, call)
+    alone = data.sample_media(pipe, records[1:], [1], 2, call)
     assert not torch.allclose(both[0][0], both[1][0])
     torch.testing.assert_close(both[1][0], alone[0][0])
     (tmp_path / "edits.jsonl").write_text('{"prompt": "a cat", "source": "c.png"}\n')
@@ -231,7 +233,7 @@ def test_source_images_go_along_with_their_prompts(name, tmp_path):
 def test_editors_start_at_ratio_1_from_records_with_sources(name, tmp_path):
     """A group of each source, sampled and trained on as grpo.main does."""
     pipe, args = make(name)
-    sft.drive(pipe, CPU)
+    data.drive(pipe, CPU)
     args.pop("image")
     records, settings, media = edits(tmp_path), options("--group-size", "2", "--pairs", "all", "--batch-size", str(EDITORS[name])), []
     for seeds in grpo.sample_seeds([0, 1], 5, settings):
@@ -244,7 +246,7 @@ def test_editors_start_at_ratio_1_from_records_with_sources(name, tmp_path):
 
 def test_several_sources_in_a_call_are_refused_with_what_to_do(tmp_path):
     pipe, _ = make("Wan image-to-video")
-    sft.drive(pipe, CPU)
+    data.drive(pipe, CPU)
     with pytest.raises(ValueError, match="--batch-size 8: .*--group-size 4, a divisor where prompts have sources"):
         grpo.check_options(options("--group-size", "4", "--batch-size", "8", "--num-prompts", "2"), pipe, edits(tmp_path))
 
@@ -264,11 +266,11 @@ def run_wan(pipe, args, folder, prompts, *extra):
 
 
 def test_a_run_on_prompts_with_sources(tmp_path):
-    """Wan image-to-video: groups of two sources, evaluations with the sources of the held-out records; offloaded encoders are saved."""
+    """Wan image-to-video: groups of two sources, evaluations with the sources of the held-out records; what is not trained is saved, too."""
     pipe, args = make("Wan image-to-video")
     args.pop("image")
     edits(tmp_path)
-    first, second = run_wan(pipe, args, tmp_path, tmp_path / "edits.jsonl", "--offload-encoders")
+    first, second = run_wan(pipe, args, tmp_path, tmp_path / "edits.jsonl")
     assert first["ratio_error"] == 0 and first["grad_norm"] > 0 and second["kl"] > 0
     assert (tmp_path / "run" / "model" / "text_encoder" / "config.json").exists()
 
@@ -295,17 +297,17 @@ def test_wan_with_its_own_scheduler():
     """The released folders hold a UniPC scheduler with flow sigmas: it is a flow, sampled by it without us, by Euler steps with us."""
     pipe, args = make("Wan 2.1")
     pipe.scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    assert sft.prediction_type(pipe) == "flow"
-    sft.drive(pipe, CPU)
+    assert data.prediction_type(pipe) == "flow"
+    data.drive(pipe, CPU)
     call = {**args, "prompt": PROMPTS, "num_inference_steps": STEPS, "output_type": "pt"}
     rollout = grpo.sample(pipe, RECORDS, SEEDS, options(), call)
     assert rollout.sigmas[-1] == 0 and (rollout.sigmas.diff() < 0).all() and rollout.sigmas[0] <= 1
-    assert policy_gradient(pipe, rollout, ADVANTAGES, options()) == 0 and sft.prediction_type(pipe) == "flow"
+    assert policy_gradient(pipe, rollout, ADVANTAGES, options()) == 0 and data.prediction_type(pipe) == "flow"
 
 
 def test_a_schedule_that_is_no_flow_is_refused():
     pipe, args = make("Wan 2.1")
-    sft.drive(pipe, CPU)
+    data.drive(pipe, CPU)
     stock = pipe.scheduler.scheduler
     set_timesteps = stock.set_timesteps
 
@@ -322,13 +324,13 @@ def test_what_the_driver_cannot_carry_is_refused_with_the_reason():
     pipe, _ = make("SD3.5")
     pipe.transformer.transformer_blocks[0]._hf_hook = object()
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline is offloaded by hooks"):
-        sft.drive(pipe, CPU)
+        data.drive(pipe, CPU)
     for kind, reason in ((diffusers.LTX2Pipeline, "copies the scheduler"), (diffusers.DDPMPipeline, "has no prepare_latents")):
         with pytest.raises(ValueError, match=f"{kind.__name__} .*{reason}"):
-            sft.drive(object.__new__(kind), CPU)
+            data.drive(object.__new__(kind), CPU)
 
 
 def test_an_epsilon_model_is_refused():
     pipe, _ = make("SD1.5")
     with pytest.raises(ValueError, match="predicts epsilon: the stochastic sampler needs a flow-matching pipeline"):
-        grpo.check_options(options(), sft.drive(pipe, CPU), [{"prompt": "a cat"}])
+        grpo.check_options(options(), data.drive(pipe, CPU), [{"prompt": "a cat"}])

@@ -58,11 +58,12 @@ def newcomer(tmp_path, monkeypatch):
 
 def test_the_toy_commands_run_in_order(newcomer, monkeypatch, capsys):
     """In one folder, as a newcomer would: the README's first block, then its other lines that need no real models."""
-    def build_preferences(judge, pairs, *args):      # two steps of SFT write nothing readable: DPO gets verdicts to rank
+    def rank_pairs(sample, pairs, *args):            # two steps of SFT write nothing readable: DPO gets verdicts to rank
         verdicts = itertools.cycle([GOOD, GOOD.replace('"winner":"Image 1"}', '"winner":"Image 2"}')])
-        return data.build_preferences(lambda questions, **_: [next(verdicts) for _ in questions], pairs, *args)
+        return ranked(lambda questions, **_: [next(verdicts) for _ in questions], pairs, *args)
 
-    monkeypatch.setattr(dpo, "build_preferences", build_preferences)
+    ranked = dpo.rank_pairs
+    monkeypatch.setattr(dpo, "rank_pairs", rank_pairs)
     ran = []
     for command in commands():
         if is_for_real_models(command):
@@ -71,17 +72,19 @@ def test_the_toy_commands_run_in_order(newcomer, monkeypatch, capsys):
             data.write_jsonl("pairs.jsonl", data.read_records("out/toy/pairs_test.jsonl", "pair"))
         run(command)
         ran.append(shlex.split(command)[1])
-    assert ran == ["tests/toy.py", "sft.py", "dpo.py", "sft.py", "grpo.py", "reward.py", "reward.py", "grpo.py"]
+    assert ran == ["tests/toy.py", "sft.py", "dpo.py", "sft.py", "grpo.py", "reward.py", "data.py", "grpo.py"]
     assert "data:image/png" in (newcomer / "group.html").read_text()
     pages = re.findall(r"`(out/\S+\.html)`", (ROOT / "README.md").read_text())
     assert len(pages) == 4 and all("data:image/png" in (newcomer / page).read_text() for page in pages)
     printed = capsys.readouterr().out
     assert printed.count("max |ratio - 1| at the first update: 0\n") == 2
-    assert printed.count("\n  winner_accuracy   ") == 2 and printed.count("winner_accuracy\"") == 1 and printed.count("\n  true   ") == 2 and printed.count("\n  win_rate   ") == 2
+    assert printed.count("\n  winner_accuracy   ") == 2 and printed.count("\nwinner_accuracy   ") == 1 and printed.count("\n  true   ") == 2 and printed.count("\n  win_rate   ") == 2
     plot, = re.findall(r"`(python tests/plots.py [^`]*)`", (ROOT / "README.md").read_text())
     run(plot)
     width, height = Image.open(newcomer / "out/judge-sft/curves.png").size
     assert width > 600 and height > 200
+    plots.main(["out/grpo/before_after.html"])       # 4 held-out prompts: a row before, a row after
+    assert Image.open(newcomer / "out/grpo/before_after.png").size == (800, 208)
 
 
 def test_curves_are_those_of_the_rows_that_count(tmp_path):

@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,8 +15,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reward
-from reward import (Category, Comparison, LocalJudge, Verdict, WinRates, build_messages, evaluate_judge, format_verdict,
-                    group_advantages, instruction, load_processor, parse_score, parse_verdict, sample_pairs, win_rates, without_video)
+from reward import (Category, Comparison, LocalJudge, Verdict, WinRates, build_messages, format_verdict, group_advantages,
+                    instruction, leave_out_video, load_processor, parse_score, parse_verdict, sample_pairs, win_rates)
 
 NAMES = ("A. Semantic Alignment", "B. Image Quality", "C. Aesthetics")
 
@@ -59,15 +60,15 @@ TEXTS = [   # (what the judge said, the winner, categories read)
     (f"<think>hm, {{maybe}} [1]</think>{GOOD}", 1, 3), (GOOD + "}]", 1, 3), ('He said "see ' + GOOD, 1, 3),
     # commas, raw newlines
     (GOOD[:-1] + ",}", 1, 3), (GOOD.replace("}]", "},]"), 1, 3), (GOOD.replace("so", "so\nand so"), 1, 3),
-    (GOOD.replace('"since",', '"since"'), 1, 3), (GOOD.replace('}, {"name": "B.', '} {"name": "B.'), 1, 3),
+    (GOOD.replace('"since",', '"since"'), None, 0), (GOOD.replace('}, {"name": "B.', '} {"name": "B.'), None, 0),
     # truncated
-    (GOOD[:-1], 1, 3), (f"```json\n{OTHER[:-1]}\n```", 2, 3), (GOOD[:-2], None, 3), (GOOD[:-3], None, 3), (GOOD[:-11], None, 3), (BODY, None, 3), (BODY[:-40], None, 3),
-    (GOOD[:300], None, 1), ('{"winner": "Image 2", "categories": [{"name": "A. Sem', 2, 0), ('{"winner": "Ima', None, 0), (BODY + ', "winner": "1', None, 3),
+    (GOOD[:-1], None, 0), (f"```json\n{OTHER[:-1]}\n```", None, 0), (GOOD[:-2], None, 0), (GOOD[:-11], None, 0), (BODY, None, 0), (BODY[:-40], None, 0),
+    (GOOD[:300], None, 0), ('{"winner": "Image 2", "categories": [{"name": "A. Sem', None, 0), ('{"winner": "Ima', None, 0), (BODY + ', "winner": "1', None, 0),
     # the winner's wording
     (json.dumps(answer("1")), 1, 3), (json.dumps(answer(2)), 2, 3), (json.dumps(answer("A")), 1, 3), (json.dumps(answer("b")), 2, 3),
     (json.dumps(answer("image_2")), 2, 3), (json.dumps(answer("**Image 2**.")), 2, 3), (json.dumps(answer("Video 1")), 1, 3),
     (json.dumps(answer("image 1 is better")), 1, 3), (json.dumps(answer("Image 2 is better than Image 1")), 2, 3),
-    (json.dumps(answer("The second image")), 2, 3), (GOOD[:-10] + "Image 2}", 2, 0), (json.dumps(answer("a tie")), 0, 3),
+    (json.dumps(answer("The second image")), 2, 3), (GOOD[:-10] + "Image 2}", None, 0), (json.dumps(answer("a tie")), 0, 3),
     # no clear winner
     (instruction("p"), None, 1), (json.dumps(answer("Image 1/2")), None, 3), (json.dumps(answer("not Image 1")), None, 3), (json.dumps(answer("Image 3")), None, 3),
     (json.dumps(answer("Image 1 is worse")), None, 3), (json.dumps(answer("Image 1 is better than Image 1")), None, 3),
@@ -76,13 +77,16 @@ TEXTS = [   # (what the judge said, the winner, categories read)
     (json.dumps({"prompt": "p", "categories": []}), None, 0), ("Image 1", None, 0), ("", None, 0), ("{}", None, 0), ("null", None, 0),
     # two winners
     (GOOD + "\n" + OTHER, None, 3), (GOOD + GOOD, 1, 3), (GOOD[:-1] + ', "winner": "Image 2"}', None, 3),
-    (GOOD[:-1] + ', "winner": "Image 1"}', 1, 3), (GOOD + BODY, None, 3),
+    (GOOD[:-1] + ', "winner": "Image 1"}', 1, 3), (GOOD + BODY, None, 0), (GOOD + "\n" + json.dumps(answer(categories=[category()])), 1, 1),  # the last
     # a nested winner is never the root's
-    (json.dumps({"verdict": answer()}), None, 0), (json.dumps([answer()]), None, 0), (json.dumps(category()), None, 0),
+    (json.dumps({"verdict": answer()}), None, 0), (json.dumps([answer()]), None, 0), (json.dumps([answer(), answer()]), None, 0), (json.dumps(category()), None, 0),
     (json.dumps({**category(), "winner": "Image 1"}), None, 0), (BODY.replace("cat_winner", "winner") + "}", None, 3),
     (json.dumps({"categories": [{"name": "A", "winner": "Image 1"}], "reason": {"winner": "Image 2"}}), None, 1),
-    (json.dumps(answer(reason='so "winner": "Image 2", yes')), 1, 3), (GOOD.replace("since", 'he said "winner": "Image 2" and'), 1, 0),
+    (json.dumps(answer(reason='so "winner": "Image 2", yes')), 1, 3), (GOOD.replace("since", 'he said "winner": "Image 2" and'), None, 0),
     ('{prompt: x, categories: [{"name": "A", "winner": "Image 1"}], winner: "Image 2"}', None, 0),
+    ('{"prompt": "p", categories: [], "winner": "Image 1"}', None, 0), ("{'winner': 'Image 1'}", None, 0), (f"[{GOOD}, {OTHER}]", None, 0),
+    ('{verdict: {"winner": "Image 1"}, winner: "Image 2"}', None, 0), ("""{'a': {"winner": "Image 1"}, 'winner': "Image 2"}""", None, 0),
+    ("{note} {a b: c} " + GOOD, 1, 3),
     # brackets that do not match: after them a nested winner could pass for the root's
     ('{"categories": [{"name": "A"}}, {"name": "B", "winner": "Image 1"}], "winner": "Image 2"}', None, 0),
     ('{"categories": [{"name": "A", "dims": [{}]], "winner": "Image 1"}', None, 0),
@@ -101,7 +105,7 @@ TEXTS = [   # (what the judge said, the winner, categories read)
     # UnifiedReward-Think
     ("<think>Image 2 is better than Image 1. No.</think><answer>Image 1 is better</answer>", 1, 0), ("<answer>Video 2 is better</answer>", 2, 0),
     ("<think>1. Semantic consistency:\n  Image 1 (9/10) - all there;\n  Image 2 (4/10) - no star\n2. Style: \n Image 1 (5/10) - flat;\n Image 2 (6/10) - rich\n"
-     "Total score:\nImage 1: 9+5=14\nImage 2: 4+6=10\n</think>\n<answer>Image 1 is better</answer>", 1, 1),
+     "Total score:\nImage 1: 9+5=14\nImage 2: 4+6=10\n</think>\n<answer>Image 1 is better</answer>", 1, 0),
     ("<think>Image 1 is better.", None, 0), ("<think>x</think><answer>Image 1 is bet", None, 0), ("<answer>Image 1</answer><answer>Image 2</answer>", None, 0),
     ("<answer>Image 1 or Image 2</answer>", None, 0), ("<answer></answer>Image 1 is better.", None, 0), ("<answer>2</answer>", 2, 0),
     # thinking is no answer; a section's winner is not the overall one
@@ -113,7 +117,7 @@ TEXTS = [   # (what the judge said, the winner, categories read)
     ("Image 2 fits better.\n\nOverall\nImage 1 is better than Image 2.", 1, 0),
     ('{"name": "A. Semantic", "winner": "Image 1"}\n{"name": "B", "winner": "Image 1"}\nOverall winner: Image 2', None, 0),
     ('{"name": "B", "winner": "Image 1"}], "winner": "Image 2"}', None, 0), ('{"winner": "Image 1" "x": 1, "winner": "Image 2"}', None, 0),
-    ('{"winner": "Image 1', None, 0), ('{"winner": "Image 1"', 1, 0),
+    ('{"winner": "Image 1', None, 0), ('{"winner": "Image 1"', None, 0),
     (reward.Failure("Image 1 is better than Image 2."), None, 0), (reward.Failure(GOOD), None, 0),
 ]
 
@@ -126,13 +130,6 @@ def test_parse(text, winner, num_categories):
     strict = text in (GOOD, OTHER, json.dumps(answer("Tie")), json.dumps(answer(), indent=2)) and not isinstance(text, reward.Failure)
     assert not verdict.issues or not strict
     assert verdict.issues or winner is not None
-
-
-def test_think_keeps_its_criteria():
-    text = next(text for text, _, _ in TEXTS if text.startswith("<think>1. Semantic"))
-    first, second = parse_verdict(text).categories[0].criteria
-    assert (first.name, first.reason_1, first.reason_2, first.score_1, first.score_2) == ("Semantic consistency", "all there", "no star", 9, 4)
-    assert (second.name, second.score_2, second.reason_2) == ("Style", 6, "rich")
 
 
 def damage(draw, text):
@@ -161,22 +158,21 @@ def test_a_damaged_verdict_gives_the_true_winner_or_none(data):
     assert parse_verdict(text).winner in (None, int(said[-1])), text
 
 
-SCORES = [  # (text, value, number of parts)
-    ("Alignment Score (1-5): 4\nCoherence Score (1-5): 3.5\nStyle Score (1-5): 3", 3.5, 3), ("Final Score: 4", 4, 0), ("**Final Score:** 3.5/5", 3.5, 0),
-    ("a red circle (object): 1\nred (attribute): 0\nFinal Score: 2", 2, 2), ("visual quality: 4\ntemporal consistency: 3\ndynamic degree: 3\nFinal Score: 6", 6, 3),
-    ("The answer is helpful.\nFinal Score: 87", 87, 0), ("Alignment Score (1-5): 4\nCoherence (Physics) Score (1-5): 2", 3, 2), ("final score (1-5): 3", 3, 0),
-    ("Final Score: 3\nFinal Score: 4", None, 0), ("Final Score: 3. Indeed Final Score: 3", 3, 0), ("Final Score: 1-5", None, 0), ("Final Score: x", None, 0),
-    ("Final Score: 123456789", None, 0), ("Final Score:", None, 0), ("", None, 0), ("Final Score: nan", None, 0), ("4", None, 0), ("Final Score: -1.5", -1.5, 0),
-    ("Final Score: x\nStyle Score (1-5): 3", None, 1), ("a red circle (object): 1\nred (attribute): 0", None, 2), ("Seed: 1999", None, 1),
-    ("Alignment Score (1-5): 4\nNumber of stars: 12", 4, 2), ("Alignment Score (1-5): 4, good\nStyle Score (1-5): 2", None, 1),
-    ("Style Score (1-5): 2\nStyle Score (1-5): 4", None, 1), ("Final Score: 1 to 5", None, 0), ("Final Score: 1–5", None, 0), ("Final Score: 3,5", None, 0),
-    ("Final Score: 4 - good", 4, 0), (reward.Failure("Final Score: 4"), None, 0)]
+SCORES = [  # (text, value)
+    ("Alignment Score (1-5): 4\nCoherence Score (1-5): 3.5\nStyle Score (1-5): 3", 3.5), ("Final Score: 4", 4), ("**Final Score:** 3.5/5", 3.5),
+    ("a red circle (object): 1\nred (attribute): 0\nFinal Score: 2", 2), ("visual quality: 4\ntemporal consistency: 3\ndynamic degree: 3\nFinal Score: 6", 6),
+    ("The answer is helpful.\nFinal Score: 87", 87), ("Alignment Score (1-5): 4\nCoherence (Physics) Score (1-5): 2", 3), ("final score (1-5): 3", 3),
+    ("Final Score: 3\nFinal Score: 4", None), ("Final Score: 3. Indeed Final Score: 3", 3), ("Final Score: 1-5", None), ("Final Score: x", None),
+    ("Final Score: 123456789", None), ("Final Score:", None), ("", None), ("Final Score: nan", None), ("4", None), ("Final Score: -1.5", -1.5),
+    ("Final Score: x\nStyle Score (1-5): 3", None), ("a red circle (object): 1\nred (attribute): 0", None), ("Seed: 1999", None),
+    ("Alignment Score (1-5): 4\nNumber of stars: 12", 4), ("Alignment Score (1-5): 4, good\nStyle Score (1-5): 2", None),
+    ("Style Score (1-5): 2\nStyle Score (1-5): 4", None), ("Final Score: 1 to 5", None), ("Final Score: 1–5", None), ("Final Score: 3,5", None),
+    ("Final Score: 4 - good", 4), (reward.Failure("Final Score: 4"), None)]
 
 
-@pytest.mark.parametrize("text,value,num_parts", SCORES)
-def test_scores_by_themselves(text, value, num_parts):
-    score = parse_score(text)
-    assert (score.value, len(score.parts)) == (value, num_parts) and bool(score.issues) == (value is None)
+@pytest.mark.parametrize("text,value", SCORES)
+def test_scores_by_themselves(text, value):
+    assert parse_score(text) == value
 
 
 def test_parse_keeps_every_field():
@@ -200,15 +196,21 @@ def test_anchor_by_letter_then_keyword(name, anchor):
 
 
 @pytest.mark.parametrize("issue,text", [
-    ("text around", f"x {GOOD}"), ("repaired", GOOD[:-1] + ",}"), ("expected one", GOOD + GOOD), ("missing", json.dumps(answer(categories=[]))),
+    ("text around", f"x {GOOD}"), ("a comma too much", GOOD[:-1] + ",}"), ("missing", json.dumps(answer(categories=[]))),
     ("are not 10", json.dumps(answer(categories=[category(scores=((7, 7),))]))), ("score is text", GOOD.replace("7,", '"7/10",')),
     ("score is missing", GOOD.replace("7,", "null,")), ("against its own scores", json.dumps(answer(categories=[category(winner="Image 2")]))),
     ("cat_winner", json.dumps(answer(categories=[category(winner="Image 1/2")]))), ("comes twice", GOOD.replace("B. Image Quality", "A. again")),
-    ("not an object with a name", json.dumps(answer(categories=[7]))), ("unreadable", GOOD.replace("since", 'a "quoted" word'))])
+    ("not an object with a name", json.dumps(answer(categories=[7]))), ("expected one", GOOD + GOOD)])
 def test_issues_are_recorded_and_not_fatal(issue, text):
     verdict = parse_verdict(text)
     assert verdict.winner == 1 and any(issue in line for line in verdict.issues), verdict.issues
-    assert issue in format_verdict(verdict)
+    assert issue in format_verdict(verdict, "p")
+
+
+def test_json_that_is_not_repaired_is_undecided_and_says_why():
+    for text in (GOOD.replace("since", 'a "quoted" word'), GOOD[:-1], GOOD.replace('"since",', '"since"')):
+        verdict = parse_verdict(text)
+        assert verdict.winner is None and verdict.issues[0].startswith("unreadable JSON: ") and "unreadable JSON" in format_verdict(verdict, "p")
 
 
 def test_no_text_raises_and_time_is_linear():
@@ -224,14 +226,14 @@ def test_no_text_raises_and_time_is_linear():
              "\n", ". ", "1. a:\n Image 1 (9/10)", " " * 25 + "a:", "Style Score (1-5): ", "so, "]
     for text in [word * (100_000 // len(word)) for word in words]:
         start = time.perf_counter()
-        assert parse_verdict(text).winner is None and isinstance(parse_score(text).text, str)
+        assert parse_verdict(text).winner is None and parse_score(text) is None
         assert time.perf_counter() - start < 1.0, text[:20]
-    hard = ["{", "}", '"', "[", "1", "{}", '{"a":', "{1,", "[{", '\\"', '{"', "1 ", " ", '{"winner": ', ", ", "{\n\n\n"]
-    for text in [piece * (100_000 // len(piece)) for piece in hard] + ['{"winner":' + "9" * 100_000, '{"winner": "' + "\\" * 100_001]:
+    hard = ["{", "}", '"', "[", "1", "{}", '{"a":', "{1,", "[{", '\\"', '{"', "1 ", " ", '{"winner": ', ", ", "{\n\n\n", "{a", "{a ", "{aaaaaaaa\n\n"]
+    for text in [piece * (100_000 // len(piece)) for piece in hard] + ["{" + "a" * 100_000, "{a" + " " * 100_000, '{"winner":' + "9" * 100_000, '{"winner": "' + "\\" * 100_001]:
         start = time.perf_counter()
         assert parse_verdict(text).winner is None
         assert time.perf_counter() - start < 1.0, text[:10]     # tens of milliseconds on an idle core; quadratic takes minutes
-    assert parse_verdict('{"a": ' + "[" * 1000 + "]" * 1000 + ', "winner": "Image 1"}').winner is None
+    assert parse_verdict('{"a": ' + "[" * 1000 + "]" * 1000 + ', "winner": "Image 1"}').winner in (None, 1)         # as deep as json goes
 
 
 # ------------------------------------------------------------------------------------------------ the arithmetic
@@ -250,8 +252,8 @@ def test_sample_pairs():
     assert abs(sum(firsts) / len(firsts) - 0.5) < 0.03
     assert sample_pairs(6, "ring:2", random.Random(3)) == sample_pairs(6, "ring:2", random.Random(3))
     assert {frozenset(p) for p in sample_pairs(9, "ring:2", rng)} != {frozenset(p) for p in sample_pairs(9, "ring:2", rng)}
-    for num_items, pairs, words in [(9, "ring:5", "K goes from 1 to 4"), (9, "ring:0", "K goes"), (9, "ring:-1", "expected"),
-                                    (9, "some", "expected 'all' or 'ring:K'"), (1, "all", "at least 2")]:
+    for num_items, pairs, words in [(9, "ring:5", "K from 1 to 4"), (9, "ring:0", "K from 1"), (9, "ring:-1", "expected"),
+                                    (9, "some", "expected 'all', of 2 or more, or 'ring:K'"), (1, "all", "of 2 or more")]:
         with pytest.raises(ValueError, match=words):
             sample_pairs(num_items, pairs, rng)
 
@@ -270,8 +272,6 @@ def test_win_rates_by_hand():
     assert {name: rate.tolist() for name, rate in rates.anchors.items()} == {"A": [.5, .5, .5], "B": [1, .5, 0], "C": [.75, .5, 0]}
     assert rates.category.tolist() == pytest.approx([2.25 / 3, 1.5 / 3, .5 / 3])
     assert (rates.num_decided, rates.num_ties, rates.num_undecided, rates.first_position_wins) == (2, 1, 0, 1)
-    extra = win_rates(PAIRS, VERDICTS, 3, count_extra=True)                                 # D: 1 beats 0, so 0, 1, none
-    assert extra.category.tolist() == pytest.approx([2.25 / 4, 2.5 / 4, .5 / 3])
     weighted = win_rates(PAIRS, VERDICTS, 3, category_weights={"A": 1, "B": .5, "C": 0})
     assert weighted.category.tolist() == pytest.approx([(.5 + .5) / 1.5, (.5 + .25) / 1.5, .5 / 1.5])
     with pytest.raises(ValueError, match="3 pairs but 2 verdicts"):
@@ -336,8 +336,8 @@ def test_random_order_removes_what_position_bias_gives_to_an_index():
 # ------------------------------------------------------------------------------------------------ the judge
 
 @pytest.fixture(scope="module")
-def tiny():
-    """(model, processor): a random Qwen3-VL of 40k parameters with a byte tokenizer."""
+def tiny(tmp_path_factory):
+    """The folder of a random Qwen3-VL of 40k parameters with a byte tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
     special = ["<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -359,7 +359,11 @@ def tiny():
     torch.manual_seed(0)
     model = Qwen3VLForConditionalGeneration(config)
     pixels = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=1, size={"shortest_edge": 576, "longest_edge": 576})
-    return model, without_video(Qwen3VLProcessor)(image_processor=pixels, tokenizer=tokenizer, chat_template=chat)
+    leave_out_video()
+    folder = tmp_path_factory.mktemp("tiny")
+    for part in (model, Qwen3VLProcessor(image_processor=pixels, tokenizer=tokenizer, chat_template=chat)):
+        part.save_pretrained(folder)
+    return folder
 
 
 def picture(color):
@@ -371,49 +375,40 @@ QUESTIONS.append(Comparison("a video", [picture("red"), picture("blue")], [pictu
 TEMPLATE = "{medium}: {prompt}"
 
 
-def test_batched_greedy_answers_equal_single_ones_and_training_goes_on(tiny):
-    model, processor = tiny
-    judge = LocalJudge(model=model, processor=processor, template=TEMPLATE, batch_size=4, max_new_tokens=12)
-    model.train()
+def test_batched_greedy_answers_equal_single_ones_and_gradients_flow(tiny):
+    judge = LocalJudge(tiny, device="cpu", template=TEMPLATE, batch_size=4, max_new_tokens=12)
+    model = judge.model
     texts = judge(QUESTIONS)
-    assert model.training and texts == [judge([question])[0] for question in QUESTIONS]
+    assert texts == [judge([question])[0] for question in QUESTIONS]
     assert len(set(texts)) == len(texts)                        # they depend on the question, so a lost order would show
     assert judge(QUESTIONS) == texts and judge(QUESTIONS, temperature=1.0) != texts
-    inputs = processor(text=["<|vision_start|><|image_pad|><|vision_end|>go"], images=[picture("red")], return_tensors="pt")
+    inputs = judge.processor(text=["<|vision_start|><|image_pad|><|vision_end|>go"], images=[picture("red")], return_tensors="pt")
     model(**inputs).logits.sum().backward()                     # no inference tensor is left behind in the model
     assert model.model.visual.patch_embed.proj.weight.grad is not None
-    model.zero_grad()
 
 
 def test_generation_stops_at_the_tokenizers_eos(tiny):
-    model, processor = tiny
-    judge = LocalJudge(model=model, processor=processor, template=TEMPLATE, max_new_tokens=12)
+    judge = LocalJudge(tiny, device="cpu", template=TEMPLATE, max_new_tokens=12)
     text, = judge(QUESTIONS[:1])
-    processor.tokenizer.eos_token, end = processor.tokenizer.tokenize(text)[3], processor.tokenizer.eos_token
-    try:
-        assert text.startswith(judge(QUESTIONS[:1])[0]) and len(judge(QUESTIONS[:1])[0]) < len(text)
-    finally:
-        processor.tokenizer.eos_token = end
+    judge.processor.tokenizer.eos_token = judge.processor.tokenizer.tokenize(text)[3]
+    assert text.startswith(judge(QUESTIONS[:1])[0]) and len(judge(QUESTIONS[:1])[0]) < len(text)
 
 
 def test_saved_judge_answers_the_same_and_keeps_its_template(tiny, tmp_path):
-    model, processor = tiny
-    texts = LocalJudge(model=model, processor=processor, template=TEMPLATE, max_new_tokens=12)(QUESTIONS)
-    model.save_pretrained(tmp_path / "a")
-    processor.save_pretrained(tmp_path / "a")
+    first = LocalJudge(tiny, device="cpu", template=TEMPLATE, max_new_tokens=12)
+    first.model.save_pretrained(tmp_path / "a")
+    first.processor.save_pretrained(tmp_path / "a")
     (tmp_path / "a" / "template.txt").write_text(TEMPLATE)
     judge = LocalJudge(tmp_path / "a", device="cpu", max_new_tokens=12)
-    assert judge(QUESTIONS) == texts
+    assert judge(QUESTIONS) == first(QUESTIONS)
     saved = json.loads((tmp_path / "a" / "processor_config.json").read_text())              # what a machine with torchvision reads
-    assert saved["processor_class"] == "Qwen3VLProcessor" and saved["video_processor"]["video_processor_type"] == "Qwen3VLVideoProcessor"
-    with pytest.raises(ValueError, match="a path, or a model and its processor"):
-        LocalJudge(model=model)
+    assert saved["processor_class"] == "Qwen3VLProcessor" and "video_processor" in saved
 
 
 @pytest.mark.parametrize("stock,video", [("Qwen2VLProcessor", None), ("Qwen2_5_VLProcessor", None), ("Qwen3VLProcessor", {"fps": 3})])
 def test_processor_folders_of_published_models_load(tiny, tmp_path, stock, video):
     """The older layout of hub repositories: preprocessor_config.json, sometimes video_preprocessor_config.json."""
-    processor = tiny[1]
+    processor = load_processor(tiny)
     processor.tokenizer.save_pretrained(tmp_path)
     (tmp_path / "processor_config.json").unlink(missing_ok=True)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": processor.chat_template}))
@@ -430,40 +425,23 @@ def test_processor_folders_of_published_models_load(tiny, tmp_path, stock, video
         assert torch.equal(ours["input_ids"], theirs["input_ids"]) and torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
         loaded.save_pretrained(tmp_path / "again")
         saved = json.loads((tmp_path / "again" / "processor_config.json").read_text())
-        assert saved["video_processor"]["video_processor_type"].endswith("VLVideoProcessor")
-        assert saved["video_processor"].get("fps") == (video or {}).get("fps")
+        assert saved["processor_class"] == stock and "video_processor" in saved
 
 
-# ------------------------------------------------------------------------------------------------ the exam, the command
-
-def test_exam_separates_accuracy_from_position_bias():
-    pairs = [Comparison("p", [picture("red")], [picture("blue")]), Comparison("p", [picture("blue")], [picture("red")])] * 50
-    labels = [1, 2] * 50                                        # red is better
-    sees = lambda pairs: [json.dumps(answer("Image 1" if pair.media_1[0].getpixel((0, 0))[0] == 255 else "Image 2")) for pair in pairs]
-    result = evaluate_judge(sees, pairs, labels, random.Random(0))
-    assert (result["winner_accuracy"], result["parse_rate"], result["sum10_rate"], result["swap_consistency"]) == (1, 1, 1, 1)
-    assert result["first_position_share"] == .5 and result["num_pairs"] == len(result["verdicts"]) == 100
-    blind = evaluate_judge(lambda pairs: [GOOD.replace("6", "5")] * len(pairs), pairs, labels, random.Random(0))
-    assert .35 < blind["winner_accuracy"] < .65 and blind["first_position_share"] == 1 and blind["swap_consistency"] == 0
-    assert blind["sum10_rate"] == pytest.approx(2 / 3)          # 7 + 3, 5 + 4, 8 + 2
-    assert evaluate_judge(sees, pairs[:4], [1, 2, 0, 0], random.Random(0))["winner_accuracy"] == 1           # ties are not asked
-    mute = evaluate_judge(lambda pairs: ["?"] * len(pairs), pairs[:4], [1, 2, 0, 0], random.Random(0))
-    assert mute["winner_accuracy"] == mute["parse_rate"] == mute["swap_consistency"] == 0 and math.isnan(mute["first_position_share"])
-
+# ------------------------------------------------------------------------------------------------ the command
 
 def test_command_and_its_errors(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     picture("red").save("a.png"), picture("blue").save("b.png"), Path("c.png").write_text("no image")
-    for argv, words in [(["a.png", "b.png", "--prompt", "x"], "python sft.py"), (["a.png", "c.png", "--prompt", "x"], "c.png: not a readable"),
+    for argv, words in [(["a.png", "b.png", "--prompt", "x"], "no judge in out/judge-dpo/model: train one"), (["a.png", "c.png", "--prompt", "x"], "c.png: not a readable"),
                         (["a.png", "d.png", "--prompt", "x"], "d.png"), (["a.png", "b.png", "--prompt", " "], "prompt is empty"),
                         (["a.png", "b.png", "--prompt", "x", "--template", "none.txt"], "none.txt")]:
         with pytest.raises(SystemExit, match=words):
             reward.main(argv)
-    for part in tiny:
-        part.save_pretrained("out/judge-sft/model")
+    shutil.copytree(tiny, "out/judge-dpo/model")
     Path("t.txt").write_text(TEMPLATE)
     reward.main(["a.png", "b.png", "--prompt", "x", "--template", "t.txt", "--max-new-tokens", "4"])
     assert "overall: undecided" in capsys.readouterr().out
-    monkeypatch.setattr(LocalJudge, "__call__", lambda judge, comparisons: [GOOD])
-    reward.main(["a.png", "b.png", "--prompt", "x", "--json"])
-    assert capsys.readouterr().out.strip() == GOOD
+    monkeypatch.setattr(LocalJudge, "__call__", lambda judge, comparisons, progress: [GOOD])
+    reward.main(["a.png", "b.png", "--prompt", "x"])
+    assert capsys.readouterr().out.strip() == format_verdict(parse_verdict(GOOD), "x")

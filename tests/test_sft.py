@@ -16,8 +16,9 @@ import dpo
 import sft
 import toy_world
 from conftest import ROOT
+from data import denoisers, load_pipeline, predict, run_pipeline, seeded_generator, seeded_noise
 from reward import Candidate, Comparison, LocalJudge, build_messages, load_processor
-from sft import add_lora, disable_lora, merged_state_dict, run_pipeline, seeded_generator, velocity
+from sft import add_lora, disable_lora
 
 PIPE_ARGS = {"height": 48, "width": 48, "max_sequence_length": 12, "num_inference_steps": 10}
 
@@ -56,16 +57,16 @@ def preferences(folder):
     return str(path)
 
 
-def block(title, end):
-    """The text of a part of sft.py between two headings, without rulers."""
-    text = (ROOT / "sft.py").read_text()
-    return text[text.index(f"# {title}:"):text.index(end)]
+def block(title, end, file="sft.py"):
+    """The text of a part of a file from a heading on."""
+    text = (ROOT / file).read_text()
+    return text[text.index(f"# ========== {title}:"):text.index(end)]
 
 
-def imports():
-    """The import statements of sft.py."""
-    text = (ROOT / "sft.py").read_text()
-    return text[text.index("import argparse"):text.index("DEFAULTS = ")]
+def imports(file="sft.py", end="DEFAULTS = "):
+    """The import statements of a file."""
+    text = (ROOT / file).read_text()
+    return text[text.index("import argparse"):text.index(end)]
 
 
 # ---------------------------------------------------------------- the blocks
@@ -87,21 +88,21 @@ def free_names(source):
     return used - defined - set(dir(builtins)) - {"__file__"}
 
 
-def test_toolbox_and_driver_need_nothing_of_the_stage():
-    """Imports, toolbox and driver of sft.py make a module: they use no name of the stage that opens the file."""
-    toolbox, driver = block("Toolbox", "# Driver:"), block("Driver", 'if __name__ == "__main__"')
-    assert free_names(imports() + toolbox + driver) == set()
+def test_toolbox_and_driver_need_nothing_of_what_opens_their_files():
+    """Imports and toolbox of sft.py make a module, which uses no name of the stage; the driver of data.py uses one of the records' names."""
+    assert free_names(imports() + block("Toolbox", 'if __name__ == "__main__"')) == set()
+    assert free_names(imports("data.py", "KINDS = ") + block("Driver", "# ---------- a judge's accuracy", "data.py")) == {"source_images"}
     assert free_names("import os\ndef f():\n    return os.path.join(missing)\n") == {"missing"}     # the check can fail
 
 
-@pytest.mark.parametrize("stage", ["dpo", "grpo"])
-def test_pasted_blocks_replace_the_import(stage):
-    """A stage with imports, toolbox and driver of sft.py pasted over its import of them has all names that it uses."""
+@pytest.mark.parametrize("stage, more", [("dpo", {"add_noise"}), ("grpo", set())])
+def test_the_pasted_toolbox_replaces_the_import(stage, more):
+    """A stage with imports and toolbox of sft.py pasted over its import of them has all names that it uses, but what it shares with stage 1."""
     source = (ROOT / f"{stage}.py").read_text()
     pasted = re.sub(r"from sft import \([^)]*\)\n", lambda _: imports(), source)
-    pasted += block("Toolbox", "# Driver:") + block("Driver", 'if __name__ == "__main__"')
+    pasted += block("Toolbox", 'if __name__ == "__main__"')
     assert "from sft import" in source and "from sft import" not in pasted
-    assert free_names(pasted) == set()
+    assert free_names(pasted) == more
 
 
 def test_a_judge_keeps_the_words_it_was_asked_for_scores_with(judge_folder, toy_folder, tmp_path):
@@ -150,11 +151,11 @@ def judge_inputs(folder):
     return batch
 
 
-def test_lora_starts_as_the_base_and_merges_to_the_same(judge_folder):
+def test_lora_starts_as_the_base_and_merges_to_the_same(judge_folder, tmp_path):
     model, batch = AutoModelForImageTextToText.from_pretrained(judge_folder).eval(), judge_inputs(judge_folder)
     with torch.no_grad():
         base = model(**batch).logits
-        add_lora(model, 4, 8, r"(q|v|up)_proj$")
+        add_lora(model, 4, r"(q|v|up)_proj$")
         assert torch.equal(model(**batch).logits, base)
         for layer in sft.lora_layers(model).values():
             torch.nn.init.normal_(layer.lora_B, std=.1)
@@ -162,15 +163,16 @@ def test_lora_starts_as_the_base_and_merges_to_the_same(judge_folder):
         assert (adapted - base).abs().max() > .1
         with disable_lora(model):
             assert torch.equal(model(**batch).logits, base)
-        merged = AutoModelForImageTextToText.from_pretrained(judge_folder).eval()
-        merged.load_state_dict(merged_state_dict(model))
+        sft.save_merged(model, tmp_path / "merged")
+        assert torch.equal(model(**batch).logits, adapted)                      # saving leaves the adapters
+        merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
         torch.testing.assert_close(merged(**batch).logits, adapted, atol=1e-4, rtol=1e-4)
 
 
 def test_adapter_loads_in_peft_with_equal_logits(judge_folder, tmp_path):
     peft = pytest.importorskip("peft")
     model, batch = AutoModelForImageTextToText.from_pretrained(judge_folder).eval(), judge_inputs(judge_folder)
-    add_lora(model, 4, 12, r"(q|v)_proj$")                                      # alpha differs from r
+    add_lora(model, 4, r"(q|v)_proj$")
     for layer in sft.lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=.1)
     args = sft.parse_args(["--out", str(tmp_path), "--lora-rank", "4"])
@@ -184,16 +186,16 @@ def test_adapter_loads_in_peft_with_equal_logits(judge_folder, tmp_path):
 def test_adapters_go_on_the_linear_layers_of_the_language_models_blocks(judge_folder, capsys):
     model = AutoModelForImageTextToText.from_pretrained(judge_folder)
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    add_lora(model, 2, 2)
+    add_lora(model, 2)
     names = set(sft.lora_layers(model))
     assert names == {n for n in linear if "language_model.layers." in n} and len(names) == 14       # 7 in each of 2 blocks
     assert f"LoRA on 14 of {len(linear)} linear layers" in capsys.readouterr().out
 
 
 def test_adapters_go_on_all_linear_layers_of_a_generators_blocks_but_norms(generator_folder):
-    policy = sft.denoisers(sft.load_pipeline(generator_folder, torch.device("cpu")))
+    policy = denoisers(load_pipeline(generator_folder, torch.device("cpu")))
     linear = {n for n, m in policy.named_modules() if isinstance(m, torch.nn.Linear)}
-    add_lora(policy, 2, 2)
+    add_lora(policy, 2)
     names = set(sft.lora_layers(policy))
     blocks = {n for n in linear if "transformer_blocks." in n}                  # double and single
     assert names == {n for n in blocks if ".norm" not in n} and len(names) == 34 and len(blocks) == 40
@@ -207,10 +209,9 @@ def test_targets_choose_what_trains_and_are_refused_where_they_match_nothing(jud
         sft.prepare_training(model, args, torch.device("cpu"))
         return {name for name, p in model.named_parameters() if p.requires_grad}
 
-    assert all("language_model" in name for name in prepared("language_model"))
     assert {name.rpartition(".")[2] for name in prepared("q_proj$", "--lora-rank", "2")} == {"lora_A", "lora_B"}
-    with pytest.raises(ValueError, match="--targets 'nowhere' matches no parameter"):
-        prepared("nowhere")
+    with pytest.raises(ValueError, match="--targets chooses the layers with adapters: pass --lora-rank"):
+        prepared("q_proj$")
     with pytest.raises(ValueError, match="'nowhere' matches none of"):
         prepared("nowhere", "--lora-rank", "2")
 
@@ -237,12 +238,12 @@ def test_token_logps_and_gradients_equal_log_softmax(trained_head, judge_folder,
     weight = model.get_output_embeddings().weight.requires_grad_(trained_head)
     hidden = torch.randn(300, weight.shape[1], requires_grad=True)
     targets, scale = torch.randint(len(weight), (300,)), torch.randn(300)
-    calls, stock = [], sft.chunk_logps
-    monkeypatch.setattr(sft, "chunk_logps", lambda *args: calls.append(1) or stock(*args))
-    monkeypatch.setattr(torch.nn.Linear, "out_features", 2 ** 25 // 100, raising=False)
-    model.get_output_embeddings().out_features = 2 ** 25 // 100                 # chunks of 100 tokens
+    calls, stock = [], sft.checkpoint
+    monkeypatch.setattr(sft, "checkpoint", lambda *args, **kwargs: calls.append(len(args[1])) or stock(*args, **kwargs))
+    monkeypatch.setattr(torch.nn.Linear, "out_features", 3 * 2 ** 23 // 100, raising=False)
+    model.get_output_embeddings().out_features = 3 * 2 ** 23 // 100                 # chunks of 100 tokens
     ours = sft.token_logps(model, hidden, targets)
-    assert len(calls) == 3
+    assert calls == [100, 100, 100]
     full = (hidden @ weight.T).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(ours, full)
     inputs = (hidden, weight) if trained_head else (hidden,)
@@ -257,7 +258,7 @@ def test_output_layers_that_do_more_are_refused(judge_folder):
     with pytest.raises(ValueError, match="rescales its logits by final_logit_softcapping"):
         sft.token_logps(model, hidden, targets)
     model.config.get_text_config().final_logit_softcapping = None
-    add_lora(model, 2, 2, "lm_head$")
+    add_lora(model, 2, "lm_head$")
     with pytest.raises(ValueError, match="no adapter"):
         sft.token_logps(model, hidden, targets)
 
@@ -272,19 +273,20 @@ def test_activation_checkpointing_changes_no_number(judge_folder, toy_folder, tm
 
 # ---------------------------------------------------------------- the driver
 
-def test_velocity_is_the_direct_call(generator_folder):
-    """The driver's velocity at one noise level per sample equals a call of the transformer written out by hand."""
-    pipe = sft.load_pipeline(generator_folder, torch.device("cpu"))
+def test_prediction_is_the_direct_call(generator_folder):
+    """The driver's prediction at one noise level per sample equals a call of the transformer written out by hand."""
+    pipe = load_pipeline(generator_folder, torch.device("cpu"))
     prompts, x, sigma = ["a red circle", "two blue stars"], torch.randn(2, 9, 32), torch.tensor([.3, .8])
-    v = velocity(pipe, x, sigma, prompt=prompts, **PIPE_ARGS)
+    t = sigma * pipe.scheduler.config.num_train_timesteps
+    v = predict(pipe, x, t, prompt=prompts, **PIPE_ARGS)
     embeds, pooled, text_ids = pipe.encode_prompt(prompts, prompts, max_sequence_length=12)
-    direct = pipe.transformer(hidden_states=x, timestep=sigma, guidance=None, encoder_hidden_states=embeds, pooled_projections=pooled,
+    direct = pipe.transformer(hidden_states=x, timestep=t / 1000, guidance=None, encoder_hidden_states=embeds, pooled_projections=pooled,
                               txt_ids=text_ids, img_ids=pipe._prepare_latent_image_ids(2, 3, 3, "cpu", x.dtype)).sample
     assert v.requires_grad and torch.equal(v, direct)
 
 
 def test_encode_media_gives_the_latents_that_the_pipeline_decodes(generator_folder):
-    pipe = sft.load_pipeline(generator_folder, torch.device("cpu"))
+    pipe = load_pipeline(generator_folder, torch.device("cpu"))
     image = toy_world.Records("train", "image", 1)[0]["images"][0]
     x = data.encode_media(pipe, [[image]], PIPE_ARGS)
     assert x.shape == (1, 9, 32)
@@ -294,12 +296,29 @@ def test_encode_media_gives_the_latents_that_the_pipeline_decodes(generator_fold
     assert error.abs().mean() < 8                                               # of 255: what 32 components lose
 
 
-def test_generators_that_predict_no_velocity_are_refused(tmp_path, toy_folder):
-    from tiny_pipelines import make
-    pipe, _ = make("SD1.5")
+@pytest.mark.parametrize("family", ["SD1.5", "SD2.1"])
+def test_generators_that_predict_noise_or_v_are_trained(family, tmp_path, toy_folder):
+    """The first loss is that of direct calls of the UNet on diffusers' own noised latents and targets; other predictions are refused."""
+    from tiny_pipelines import BETAS, make
+    pipe, call = make(family)
     pipe.save_pretrained(tmp_path / "sd")
-    with pytest.raises(ValueError, match="predicts epsilon; sft.py trains"):
-        sft.main([*small(toy_folder, "generator"), "--model", str(tmp_path / "sd"), "--out", str(tmp_path / "run")])
+    args = [*small(toy_folder, "generator"), "--model", str(tmp_path / "sd"), "--out", str(tmp_path / "run"), "--no-bf16", "--watch", "none",
+            "--max-steps", "1", "--pipe-args", json.dumps({**call, "num_inference_steps": 2})]
+    sft.main(args)
+    records, ddpm, errors = data.read_records(f"{toy_folder}/images.jsonl", "image"), sft.diffusers.DDPMScheduler(**BETAS), []
+    for i in data.batch_indices(len(records), 4, 0, 0):
+        x0 = data.encode_records(pipe, [records[i]], call)
+        noise, t = seeded_noise(x0.shape[1:], 0, 0, i)[None], torch.randint(1000, (1,), generator=seeded_generator(0, 0, i, "t"))
+        embeds, _ = pipe.encode_prompt(records[i]["prompt"], "cpu", 1, False)
+        with torch.no_grad():
+            prediction = pipe.unet(ddpm.add_noise(x0, noise, t), t, encoder_hidden_states=embeds).sample
+        target = noise if family == "SD1.5" else ddpm.get_velocity(x0, noise, t)
+        errors.append((prediction - target).pow(2).mean().item())
+    assert rows(tmp_path / "run")[0]["loss"] == pytest.approx(sum(errors) / 4, rel=1e-4)
+    config = tmp_path / "sd/scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
+    with pytest.raises(ValueError, match="predicts 'sample'; expected epsilon, v_prediction or a flow"):
+        sft.main(args)
 
 
 # ---------------------------------------------------------------- whole runs
@@ -355,7 +374,7 @@ def test_lora_run_writes_adapter_and_merged_model(judge_folder, toy_folder, tmp_
 def test_generator_adapter_loads_in_diffusers_with_equal_images(generator_folder, toy_folder, tmp_path):
     pytest.importorskip("peft")
     out = tmp_path / "run"
-    sft.main([*small(toy_folder, "generator"), "--model", generator_folder, "--lora-rank", "4", "--lora-alpha", "8", "--lr", ".05",
+    sft.main([*small(toy_folder, "generator"), "--model", generator_folder, "--lora-rank", "4", "--lr", ".05",
               "--max-steps", "3", "--out", str(out)])
     ask = dict(prompt="a red circle", output_type="np", **PIPE_ARGS)
     ours = sft.diffusers.DiffusionPipeline.from_pretrained(out / "model", trust_remote_code=True)

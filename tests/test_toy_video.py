@@ -200,8 +200,8 @@ def test_clips_as_files_are_the_clips(toy_folder):
     records = data.read_records(f"{toy_folder}/pairs.jsonl", "pair")
     assert len(records) == 3
     for record, made in zip(records, V.Records("train", "pair", 3, 4)):
-        first = data.comparison(record)
-        second = data.comparison(made)
+        first = data.as_question(record)
+        second = data.as_question(made)
         assert record["winner"] == made["winner"]
         assert first.prompt == second.prompt
         assert len(first.media_1) == 3
@@ -212,7 +212,7 @@ def test_clips_as_files_are_the_clips(toy_folder):
 def test_the_judge_sees_two_clips_apart(judge_folder):
     processor = load_processor(judge_folder)
     record = V.Records("train", "pair", 1)[0]
-    messages, frames = build_messages(data.comparison(record), "{medium}: {prompt}")
+    messages, frames = build_messages(data.as_question(record), "{medium}: {prompt}")
     assert len(frames) == 6
     text = chat_text(processor, messages)
     expected = ""
@@ -227,39 +227,39 @@ def test_the_judge_sees_two_clips_apart(judge_folder):
 def test_codec_and_pipeline_round_trip(generator_folder, tmp_path):
     """What encode_media makes of clips the loaded pipeline decodes to nearly the same clips, and a
     saved pipeline samples the same."""
-    pipe = sft.load_pipeline(generator_folder, torch.device("cpu"))
+    pipe = data.load_pipeline(generator_folder, torch.device("cpu"))
     assert pipe.call_args == M.CLIP_ARGS
     clips = [record["videos"][0] for record in V.Records("val", "image", 30)]
     x = data.encode_media(pipe, clips, {"height": 48, "width": 48})
     assert x.shape == (30, 8, 3, 6, 6) and .5 < x.std() < 2
     call = {**M.CLIP_ARGS, "num_inference_steps": 1, "output_type": "pil"}
     with torch.no_grad():
-        out = sft.run_pipeline(pipe, lambda i, latents, v: x,
-                               prompt=["a red circle grows"] * 30, **call)
-    out = sft.frames_of(out)
+        out = data.run_pipeline(pipe, lambda i, latents, v: x,
+                                prompt=["a red circle grows"] * 30, **call)
+    out = data.frames_of(out)
     error = np.array([[np.asarray(frame, float) for frame in frames] for frames in out])
     error -= np.array([[np.asarray(frame, float) for frame in frames] for frames in clips])
     assert error.shape == (30, 3, 48, 48, 3)
     assert 20 * np.log10(255 / np.sqrt((error ** 2).mean())) > 24             # dB
     sft.save_generator(sft.parse_args(["--out", str(tmp_path)]), pipe, pipe.call_args)
-    again = sft.load_pipeline(str(tmp_path / "model"), torch.device("cpu"))
+    again = data.load_pipeline(str(tmp_path / "model"), torch.device("cpu"))
     samples = []
     for pipe in (pipe, again):
         records = [{"prompt": "a red circle moves left"}]
-        samples.append(to_bytes(sft.sample_media(pipe, records, [1], 1, pipe.call_args)[0]))
+        samples.append(to_bytes(data.sample_media(pipe, records, [1], 1, pipe.call_args)[0]))
     assert samples[0] == samples[1] and len(set(samples[0])) == 3
 
 
 def test_latents_of_a_stock_wan_are_those_its_pipeline_decodes():
     pipe, args = make("Wan 2.1")
-    pipe = sft.drive(pipe, torch.device("cpu"))
+    pipe = data.drive(pipe, torch.device("cpu"))
     rng = np.random.RandomState(0)
     clips = [[Image.fromarray(rng.randint(0, 255, (16, 16, 3), dtype="uint8")) for _ in range(5)]]
     x = data.encode_media(pipe, clips, {"height": 16, "width": 16})
     call = {**args, "num_inference_steps": 1, "output_type": "pt"}
     pixels = pipe.video_processor.preprocess_video(clips, height=16, width=16)
     with torch.no_grad():
-        out = sft.run_pipeline(pipe, lambda i, latents, v: x, prompt="a cat", **call)[0]
+        out = data.run_pipeline(pipe, lambda i, latents, v: x, prompt="a cat", **call)[0]
         decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
     expected = (decoded / 2 + .5).clamp(0, 1).transpose(1, 2)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)

@@ -90,7 +90,7 @@ def test_scores_and_answers_by_hand():
     text = W.score_image(prompt, scene)
     assert text == ("Alignment Score (1-5): 4\nCoherence Score (1-5): 4\n"
                     "Style Score (1-5): 5\nFinal Score: 4.5")
-    assert parse_score(text).value == 4.5
+    assert parse_score(text) == 4.5
     answers = {W.ask_about(scene, random.Random(i)) for i in range(300)}
     assert {("How many circles are there?", "one"), ("How many stars are there?", "none"),
             ("What color is the square?", "blue"), ("Is there a green circle?", "yes"),

@@ -8,7 +8,7 @@ from diffusers.pipelines.wan import pipeline_wan_i2v
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from reward import without_video
+from reward import leave_out_video
 
 NEGATIVE = "blurry, low quality"
 SPECIAL = ["<bos>", "<pad>", "<eos>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -118,8 +118,8 @@ def qwen_image():
 def qwen_image_edit():
     """Its call needs as many images as prompts; it brings each to a megapixel, here to 64 x 64."""
     pipe, args = qwen_image()
-    kind = hf.Qwen2VLProcessor if hf.utils.is_torchvision_available() else without_video(hf.Qwen2VLProcessor)
-    processor = kind(image_processor=hf.Qwen2VLImageProcessorPil(size=dict(shortest_edge=56 ** 2, longest_edge=56 ** 2)), tokenizer=pipe.tokenizer, chat_template=CHAT)
+    leave_out_video()
+    processor = hf.Qwen2VLProcessor(image_processor=hf.Qwen2VLImageProcessorPil(size=dict(shortest_edge=56 ** 2, longest_edge=56 ** 2)), tokenizer=pipe.tokenizer, chat_template=CHAT)
     dimensions = pipeline_qwenimage_edit.__dict__.setdefault("stock_dimensions", pipeline_qwenimage_edit.calculate_dimensions)
     pipeline_qwenimage_edit.calculate_dimensions = lambda area, ratio: dimensions(64 ** 2, ratio)
     pipe = df.QwenImageEditPipeline(**pipe.components, processor=processor)

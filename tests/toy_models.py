@@ -18,7 +18,7 @@ from transformers import (CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 import toy_codec
 import toy_video as V
 import toy_world as W
-from reward import without_video
+from reward import leave_out_video
 
 PATCH, MERGE = 8, 2                                  # a visual token covers a 16 x 16 cell: an
                                                      # image is 9 tokens, a clip 3 x 9
@@ -113,8 +113,8 @@ def make_judge(seed=0, width=128, layers=4, vision_width=96, vision_layers=2, wo
     pixels = Qwen2VLImageProcessorPil(
         patch_size=PATCH, merge_size=MERGE, temporal_patch_size=1, image_mean=[.85] * 3,
         image_std=[.25] * 3, size={"shortest_edge": num_pixels, "longest_edge": num_pixels})
-    processor = without_video(Qwen3VLProcessor)
-    return model, processor(pixels, tokenizer, chat_template=tokenizer.chat_template)
+    leave_out_video()
+    return model, Qwen3VLProcessor(pixels, tokenizer, chat_template=tokenizer.chat_template)
 
 
 def save_judge(folder, model, processor, world=W):

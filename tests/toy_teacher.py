@@ -1,6 +1,6 @@
 """The toy world's imperfect teacher as a judge that knows the scenes behind the pixels:
 
-    python data.py distill out/toy/pairs.jsonl --teacher tests/toy_teacher.py:teacher ...
+    python data.py distill out/toy/pairs.jsonl --model tests/toy_teacher.py:teacher ...
 
 It knows the pairs that `python tests/toy.py` writes with --seed 0, and makes them anew until it
 comes upon those that it is shown. Whether looks dazzle it (toy_world.judge_pair) is the same every
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 FOLDER = str(Path(__file__).resolve().parent)
-if FOLDER not in sys.path:                           # loaded by data.py's --teacher
+if FOLDER not in sys.path:                           # loaded by data.py's --model
     sys.path.append(FOLDER)
 
 import toy_world
@@ -45,7 +45,7 @@ def find_pair(question):
             return i, True
     raise ValueError(f"a pair for {question.prompt!r} is not in out/toy/pairs.jsonl as `python "
                      "tests/toy.py` writes it with --seed 0, and the toy teacher knows no other: "
-                     "pass another --teacher")
+                     "pass another --model")
 
 
 def teacher(questions):
