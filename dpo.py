@@ -257,8 +257,7 @@ def sample_preferences(args):
     records = read_records(args.data, "question" if is_question else "pair")
     name = args.judge or ("out/judge-dpo/model" if is_question else None)
     judge = load_judge(name, score_template="{prompt}") if name else None
-    records = [record for record in records if record.get("winner") != "Tie"]
-    records = records[get_rank()::get_world_size()]
+    records = [r for r in records if r.get("winner") != "Tie"][get_rank()::get_world_size()]
     cases = []
     for start in tqdm(range(0, len(records), 128), "verdicts", disable=get_rank() > 0):
         chunk = records[start:start + 128]
