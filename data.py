@@ -4,20 +4,19 @@
     python data.py eval PAIRS --model JUDGE                           a judge's accuracy
     python data.py distill PAIRS --model TEACHER --out traces.jsonl   traces for sft.py
 
-A file holds one JSON object a line. Paths in it are relative to the file.
+A file holds a JSON object a line, or an array of them. Paths in it are relative to the file.
     pair         {"prompt", "images": [first, second], "winner": "Image 1" | "Image 2" | "Tie"}
     trace        {"prompt", "images", "response"}             the verdict to imitate
     preference   {"prompt", "images", "chosen", "rejected"}   two verdicts on the same pair
-    question     {"instruction" or "question", "images"}      for a vision-language model to answer
     image        {"prompt", "images": [one]}                  a captioned image for a base generator
-    prompt       {"prompt"} for generators, "source": an image to edit or animate; or a .txt file
-                 with a prompt a line
-Videos: "videos" for "images" and "Video 1" for "Image 1"; an mp4, a GIF or a folder of frames. A
-trace or preference with "instruction" in place of "prompt" is of any other task. ShareGPT's and
-TRL's records are read as they are. Shapes: B records, T tokens, S steps.
+    prompt       {"prompt"}, "source": an image to edit or animate; or a .txt file of prompts
+Videos: "videos" for "images" and "Video 1" for "Image 1"; an mp4, a GIF or a folder of frames. With
+"instruction" in place of "prompt" a trace or preference is of any other task. ShareGPT's, Alpaca's
+and TRL's records are read as they are. Shapes: B records, T tokens, S steps.
 """
-import argparse, copy, functools, hashlib, inspect, json, math, os, pickle, random, re, shutil
+import argparse, codecs, copy, functools, hashlib, inspect, json, math, os, random, re, shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -25,28 +24,26 @@ import torch
 import torch.distributed as dist
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.utils import logging
-from reward import (Candidate, Comparison, Failure, ServerJudge, build_messages, chat_text,
-                    load_judge, load_media, parse_verdict)
+from reward import (Candidate, Comparison, Failure, ServerJudge, ask, build_messages, chat_text,
+                    check_text, format_verdict, load_judge, load_media, parse_verdict, read_winner)
 
 KINDS = {  # the fields of a kind beside prompt and media; a record is of the first kind that fits
     "preference": ["chosen", "rejected"], "trace": ["response"], "pair": ["winner"],
-    "question": ["instruction"], "image": [], "prompt": []}
+    "image": [], "prompt": []}
 WINNERS = {"Image 1": 1, "Image 2": 2, "Video 1": 1, "Video 2": 2, "Tie": 0}
 PLACE = re.compile("<image>|<video>")   # of a medium in an instruction of another project
 CHUNK = 128                             # records that are judged at a time, their media in memory
 
 # ---------- records
-def medium_of(record):
-    """The name of the field that holds its media."""
+def medium_of(record):                  # the field's name
     return "videos" if "videos" in record else "images"
 
 def kind_of(record):
-    """The kind of a record in our own form."""
     for kind, fields in KINDS.items():
         if record.keys() >= set(fields) and (kind != "image" or medium_of(record) in record):
             return kind
@@ -61,31 +58,41 @@ def check_record(record, kind=None, folder=Path()):
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"a record of no known form ({error!r}).") from None
     kind = kind or kind_of(record)
-    task = "instruction" if "instruction" in record or kind == "question" else "prompt"
+    has_task = "instruction" in record and kind not in ("image", "prompt")
+    task = "instruction" if has_task else "prompt"
     for name in [task, *KINDS[kind]]:
         value = record.get(name)
-        if name != "winner" and not (isinstance(value, str) and value.strip()):
+        if not (isinstance(value, str) and value.strip()):
             raise ValueError(f"'{name}' is {value!r}. A {kind} record needs it as non-empty text.")
-    if kind == "pair" and str(record.get("winner")) not in WINNERS:
-        raise ValueError(f"'winner' is {record.get('winner')!r}. "
-                         "Expected 'Image 1', 'Image 2' or 'Tie'.")
+    if kind == "pair":
+        winner = read_winner(record["winner"])
+        if winner is None or not re.search("[A-Za-z]", record["winner"]):   # some count from 0
+            raise ValueError(f"'winner' is {record['winner']!r}. Expected Image 1, Image 2 or Tie.")
+        noun = medium_of(record)[:-1].title()
+        record["winner"] = ("Tie", f"{noun} 1", f"{noun} 2")[winner]
     if kind == "preference" and record["chosen"] == record["rejected"]:
         raise ValueError("'chosen' equals 'rejected'. Drop the line: it prefers nothing.")
     name = medium_of(record)
+    if kind == "prompt" and name in record:
+        raise ValueError(f"'{name}' beside a prompt. An image to edit or animate is its 'source'.")
     if kind != "prompt":
         check_media(record, kind, task)
-        record[name] = [folder / str(item) for item in record[name]]
+        record[name] = [check_path(folder, item, name == "videos") for item in record[name]]
+    for text in [task, *KINDS[kind]]:
+        check_text(record[text])
     if "source" in record:
-        record["source"] = folder / str(record["source"])
-    for path in [*(record[name] if kind != "prompt" else []), record.get("source", folder)]:
-        if not path.exists():
-            raise ValueError(f"{path} does not exist. Paths are relative to the JSONL file; "
-                             "download what is a URL.")
+        record["source"] = check_path(folder, record["source"])
     return record
 
+def check_path(folder, item, is_video=False):
+    path = folder / str(item)
+    if not str(item).strip() or not os.path.exists(path) or path.is_dir() and not is_video:
+        raise ValueError(f"{str(item)!r} is no file in {folder}. Paths are relative to the JSONL "
+                         "file; download what is a URL.")
+    return path
+
 def check_media(record, kind, task):
-    """Removes "<image>" before an instruction's text. ValueError: a number of media that does not
-    fit the kind, media inside the text."""
+    """Removes "<image>" before an instruction's text. ValueError: media that do not fit."""
     name = medium_of(record)
     num = len(record[name]) if isinstance(record.get(name), list) else 0
     expected = 1 if kind == "image" else 2 if task == "prompt" else max(num, 1)
@@ -95,35 +102,47 @@ def check_media(record, kind, task):
         places = len(PLACE.findall(record[task]))
         record[task] = re.sub(rf"^(\s*({PLACE.pattern}))+\s*", "", record[task])
         if places not in (0, num) or PLACE.search(record[task]):
-            raise ValueError(f"{places} of <image> and <video> in the text, but {num} media. Each "
-                             "stands before the text, or none does.")
+            raise ValueError(f"{places} of <image>, <video> for {num} media, or inside the text.")
 
 def read_records(path, kind=None):
-    """All records of a .jsonl or .txt file, checked; kind None: each as the kind it is. "where" in
-    a record is its file and line. ValueError names the first bad line."""
+    """All records of a .jsonl, .json or .txt file, checked; kind None: each as the kind it is.
+    "where" in a record is its file and line. ValueError names the first bad line."""
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist. Expected a file of {kind or ''} records; "
-                         "`python tests/toy.py` writes those in out/toy.")
+        raise ValueError(f"{path} does not exist; `python tests/toy.py` writes what is in out/toy")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(read_lines(path), 1):
         where = f"{path}:{number}"
         try:
-            record = {"prompt": line} if path.suffix == ".txt" else json.loads(line)
+            line = line.decode()
+            if not line.strip():
+                continue
+            record = {"prompt": line.strip()} if path.suffix == ".txt" else json.loads(line)
             records.append({**check_record(record, kind, path.parent.absolute()), "where": where})
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 text ({error}). Convert or unpack it.") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not JSON ({error}). A line holds one object.") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from None
+        if ("source" in records[-1]) != ("source" in records[0]):
+            raise ValueError(f"{where}: some records have a 'source', some none. Split the file.")
     if not records:
         raise ValueError(f"{path}: no {kind or 'good'} records in it.")
     return records
 
+def read_lines(path):
+    """The lines of a file as bytes; of a JSON array each item as a line."""
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if path.suffix == ".txt" or not content.lstrip().startswith(b"["):
+        return content.split(b"\n")
+    try:
+        return [json.dumps(item).encode() for item in json.loads(content)]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON array ({error})") from None
+
 def save_medium(item, folder, name):
-    """The medium as a record in `folder` names it. An image in memory is saved as the PNG `name`, a
-    list of frames as a folder of PNGs."""
+    """The medium as `folder`'s record names it: saved as a PNG, a list as a folder of PNGs."""
     if not isinstance(item, (Image.Image, list)):
         return item
     target = folder / name
@@ -152,17 +171,16 @@ def write_jsonl(path, records):
             file.write(json.dumps(row, default=str) + "\n")
     os.replace(temporary, path)
 
-def open_media(record):
-    """The media of a record, in memory: lists of PIL images."""
-    return [load_media(item) for item in record[medium_of(record)]]
-
 def as_question(record, swap=False):
-    """The record as a question to a judge: which of two media is better (`swap` shows the second
-    one first), or its instruction as it is."""
-    media = open_media(record)
+    """A pair as a Comparison, whose second medium comes first with `swap`, or an instruction."""
+    media = [load_media(item) for item in record[medium_of(record)]]
     if "instruction" in record:
         return Candidate(record["instruction"], sum(media, []))
-    return Comparison(record["prompt"], *(media[::-1] if swap else media))
+    return Comparison(record["prompt"], *(media[::-1] if swap else media), source_of(record))
+
+def source_of(record):
+    """[the image that the prompt asks to edit or animate], [] without one."""
+    return load_media(record["source"]) if "source" in record else []
 
 def swap_at_random(record, rng):
     """The pair with its media in a random order, the label moved along."""
@@ -174,19 +192,28 @@ def swap_at_random(record, rng):
 
 # ---------- records of other projects
 def normalize_record(record):
-    """The record in our own form, whichever of the known ones it has."""
     record = dict(record)
     renamed = {"image": "images", "video": "videos", "completion": "response"}
     if "prompt" not in record:
-        renamed |= {"question": "instruction", "caption": "prompt"}
+        renamed |= {"question": "instruction", "caption": "prompt", "output": "response"}
     for name in renamed.keys() & record.keys():
         record[renamed[name]] = record.pop(name)
+    for name in ("images", "videos", "system", "input", "history"):
+        if name in record and not record[name]:
+            del record[name]
+    if {"images", "videos"} <= record.keys() or "history" in record:
+        raise ValueError("'images' and 'videos' together, or a 'history': split the record.")
     name = medium_of(record)
     if isinstance(record.get(name), str):
         record[name] = [record[name]]
     is_chat = isinstance(record.get("prompt", record.get("chosen")), list)
     if is_chat or "conversations" in record or "messages" in record:
-        return from_chat(record)
+        record = from_chat(record)
+    elif "instruction" in record:                             # the other two are Alpaca's
+        parts = [record.pop(part, None) for part in ("system", "instruction", "input")]
+        record["instruction"] = "\n\n".join(filter(None, parts))
+    if {"system", "input"} & record.keys():
+        raise ValueError("'system' or 'input' beside a 'prompt': make them part of it.")
     return record
 
 def read_turn(turn):
@@ -198,13 +225,11 @@ def read_turn(turn):
     return {"human": "user", "gpt": "assistant"}.get(role, role), content
 
 def from_chat(record):
-    """A trace, preference or question of ShareGPT's "conversations" (LLaMA-Factory), of TRL's
-    "messages" or "prompt", with an answer or "chosen" and "rejected". ValueError: more than one
-    user's turn and a system's before it."""
+    """The record of ShareGPT's "conversations" (LLaMA-Factory) or TRL's "messages" or "prompt"."""
     turns = record.pop("conversations", None) or record.pop("messages", None)
     turns = turns or record.pop("prompt", None) or record["chosen"][:-1]    # both begin alike
     turns = [read_turn(turn) for turn in turns]
-    if record.get("system"):
+    if "system" in record:
         turns.insert(0, ("system", record.pop("system")))
     if turns[-1][0] == "assistant":
         record["response"] = turns.pop()[1]
@@ -215,14 +240,12 @@ def from_chat(record):
             record[name] = read_turn(answer)[1]
     roles = [role for role, _ in turns]
     if roles not in (["user"], ["system", "user"]):
-        raise ValueError(f"the turns are of {', '.join(map(str, roles))}. Expected one user's and "
-                         "one assistant's, a system's before at most.")
+        raise ValueError(f"the turns are of {roles}: expected a user's, a system's before at most")
     return {**record, "instruction": "\n\n".join(text for _, text in turns)}
 
 # ---------- batches
 def batch_indices(num_records, batch_size, step, seed):
-    """The `batch_size` record indices of global step `step`: a new order each epoch, a function of
-    (seed, epoch) alone, so that a resumed run needs no state."""
+    """The `batch_size` record indices of a global step, in a new order each epoch."""
     indices = []
     while len(indices) < batch_size:
         epoch, start = divmod(step * batch_size + len(indices), num_records)
@@ -234,10 +257,8 @@ def batch_indices(num_records, batch_size, step, seed):
 def encode(processor, records, responses, template=None, max_tokens=8192):
     """A right-padded batch on the CPU: input_ids, attention_mask and labels, each (B, T), and what
     the processor makes of the images. Labels are the response and the end-of-turn token, -100
-    elsewhere. Nothing is truncated: a record of more than `max_tokens` tokens, an empty response or
-    the image placeholder in a text is a ValueError that names the line."""
+    elsewhere. ValueError: more than max_tokens; nothing is truncated."""
     tokenizer = processor.tokenizer
-    placeholder = getattr(processor, "image_token", None)
     texts = []
     images = []
     for record, response in zip(records, responses, strict=True):
@@ -245,12 +266,7 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
         messages, media = build_messages(as_question(record), template_of_record)
         texts.append(chat_text(processor, messages))
         images.append(media)
-        where = record.get("where", "a record")
-        if not response.strip():
-            raise ValueError(f"{where}: an empty response. Remove the line.")
-        if placeholder and (texts[-1] + response).count(placeholder) != len(media):
-            raise ValueError(f"{where}: the text holds the image placeholder {placeholder!r}. "
-                             "Remove it: images are placed by the chat template.")
+        check_text(response)
     batch = dict(processor(text=texts, images=images, padding=True, padding_side="right",
                            return_tensors="pt"))
     input_ids = []
@@ -260,8 +276,7 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
         target = tokenizer(response + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
         if len(prompt) + len(target) > max_tokens:
             raise ValueError(f"{record.get('where', 'a record')}: {len(prompt)} + {len(target)} "
-                             f"tokens, more than the {max_tokens} of the model. Use smaller images "
-                             "or a shorter response: nothing is truncated.")
+                             f"tokens, the model takes {max_tokens}. Nothing is truncated.")
         input_ids.append(torch.cat([prompt, torch.tensor(target)]))
         labels.append(torch.cat([torch.full_like(prompt, -100), torch.tensor(target)]))
     mask = [torch.ones_like(row) for row in input_ids]
@@ -276,33 +291,32 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
 
 # ---------- media of a generator: pipe is a diffusers pipeline, call the arguments of its call
 def num_frames_of(pipe, call):
-    """How many frames a call of the pipeline makes; 1 where it makes images."""
-    option = inspect.signature(type(pipe).__call__).parameters.get("num_frames")
-    if option is None:
+    """How many frames a call of the pipeline makes."""
+    options = inspect.signature(type(pipe).__call__).parameters
+    names = [name for name in ("num_frames", "frames", "video_length") if name in options]
+    if not names:
         return 1
-    num_frames = call.get("num_frames", option.default)
+    num_frames = call.get(names[0], options[names[0]].default)
     factor = getattr(pipe, "vae_scale_factor_temporal", None)
     is_whole = not factor or num_frames % factor == 1
     return num_frames if is_whole else num_frames // factor * factor + 1        # as Wan rounds it
 
 def source_images(records):
-    """{"image": ...} for the pipeline's call where prompt records carry a source image to edit or
-    animate, else {}: one image where all have the same, else a list."""
+    """{"image": one or a list} for the pipeline's call where prompts have a source, else {}."""
     if "source" not in records[0]:
         return {}
-    sources = [record["source"] for record in records]
-    if len(set(map(str, sources))) == 1:
-        return {"image": load_media(sources[0])[0]}
-    return {"image": [load_media(source)[0] for source in sources]}
+    is_one = len({str(record["source"]) for record in records}) == 1
+    images = [source_of(record)[0] for record in records[:1 if is_one else None]]
+    return {"image": images[0] if is_one else images}
 
 def encode_records(pipe, records, call):
-    """(N, ...) clean latents on the CPU of the one image or video of every record. ValueError: a
-    video has more or fewer frames than the pipeline makes."""
+    """(N, ...) clean latents on the CPU of every record's medium. ValueError: not as many
+    frames."""
     num_frames = num_frames_of(pipe, call)
     latents = []
-    for start in range(0, len(records), 64):
+    for start in range(0, len(records), 16):
         media = []
-        for record in records[start:start + 64]:
+        for record in records[start:start + 16]:
             item = record[medium_of(record)][0]
             frames = load_media(item, num_frames + 1)
             if len(frames) != num_frames:
@@ -315,27 +329,24 @@ def encode_records(pipe, records, call):
 
 @torch.no_grad()
 def encode_media(pipe, media, call):
-    """Clean latents of media, lists of PIL frames, as the pipeline denoises them: the mean of the
-    VAE, shifted, scaled and packed. An image VAE sees a video frame by frame: (B, C, F, H, W).
-    ValueError: a pipeline that encodes in another way, media of several sizes without height and
-    width in `call`."""
+    """Clean latents of media, lists of PIL frames, cropped to `call`'s height and width: the mean
+    of the VAE, shifted, scaled, packed. ValueError: a pipeline that encodes otherwise."""
     vae = getattr(pipe, "vae", None)
     pack = getattr(pipe, "_pack_latents", None)
     if vae is None or pack and len(inspect.signature(pack).parameters) != 5:
-        raise ValueError(f"{type(pipe).__name__} has no VAE or packs latents in a way of its own: "
-                         "media cannot be encoded for it")
+        raise ValueError(f"{type(pipe).__name__} has no VAE or packs latents in a way of its own")
     size = {key: call[key] for key in ("height", "width") if key in call}
     sizes = {frame.size for frames in media for frame in frames}
     if not size and len(sizes) > 1:
         raise ValueError(f"media of different sizes, as {sorted(sizes)[:2]}: pass height and "
-                         "width, to which they are resized, in --pipe-args")
+                         "width, to which they are cropped, in --pipe-args")
     of_video = hasattr(pipe, "video_processor")
     over_time = any(p.ndim == 5 for p in vae.parameters())          # the VAE convolves over frames
     processor = pipe.video_processor if of_video else pipe.image_processor
     resized = []
     for frames in media:
         height, width = processor.get_default_height_width(frames[0], **size)
-        resized.append([processor.resize(frame, height, width) for frame in frames])
+        resized.append([ImageOps.fit(frame, (width, height), Image.LANCZOS) for frame in frames])
     if of_video:
         pixels = processor.preprocess_video(resized)                # (B, 3, F, H, W)
         pixels = pixels if over_time else rearrange(pixels, "b c f h w -> (b f) c h w")
@@ -367,9 +378,12 @@ class PolicyScheduler:
         self.scheduler = scheduler
         self.step_fn = None
         self.given_timesteps = None
+        self.i = None
 
         @functools.wraps(scheduler.set_timesteps)    # pipelines inspect its signature
         def set_timesteps(*args, **kwargs):
+            if self.step_fn and self.i is not None:
+                raise ValueError("the pipeline sets its schedule twice in a call: not supported")
             scheduler.set_timesteps(*args, **kwargs)
             given = self.given_timesteps
             self.timesteps = scheduler.timesteps if given is None else given
@@ -380,6 +394,12 @@ class PolicyScheduler:
             if self.step_fn is None:
                 return scheduler.step(v, timestep, x, *args, **kwargs)
             self.i += 1
+            if v.shape != x.shape:
+                raise ValueError(f"{tuple(v.shape)} is predicted for latents {tuple(x.shape)}")
+            expected = torch.as_tensor(self.timesteps[self.i])
+            if (torch.as_tensor(timestep).to(expected) - expected).abs().max() > 1e-3:
+                raise ValueError(f"step {self.i} of the pipeline is at timestep {timestep}, its "
+                                 f"schedule says {expected}: leave out `strength` and the like")
             x = self.step_fn(self.i, x, v)
             return SchedulerOutput(prev_sample=x) if kwargs.get("return_dict", True) else (x,)
         self.set_timesteps = set_timesteps
@@ -394,15 +414,13 @@ class PolicyScheduler:
         return self.scheduler.scale_model_input(x, timestep)
 
 def prediction_type(pipe):
-    """What the denoiser predicts: "flow" (the velocity noise - x0), "epsilon" or "v_prediction".
-    ValueError: something else."""
+    """"flow" (the denoiser predicts noise - x0), "epsilon" or "v_prediction"; else a ValueError."""
     scheduler = getattr(pipe.scheduler, "scheduler", pipe.scheduler)
     kind = scheduler.config.get("prediction_type", "epsilon")
     if "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction":
         return "flow"
     if kind not in ("epsilon", "v_prediction"):
-        raise ValueError(f"{type(pipe).__name__}'s scheduler predicts {kind!r}; expected epsilon, "
-                         "v_prediction or a flow")
+        raise ValueError(f"the scheduler predicts {kind!r}: expected epsilon, v_prediction, a flow")
     return kind
 
 def denoisers(pipe):
@@ -411,8 +429,7 @@ def denoisers(pipe):
     return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
 def load_pipeline(path, device, dtype=torch.float32, fsdp=False):
-    """The pipeline in a folder or hub repository, driven by a PolicyScheduler. pipe.call_args are
-    the arguments of its call that lie in its folder as pipe_args.json."""
+    """The pipeline in a folder or hub repository, driven; its pipe.call_args: pipe_args.json."""
     local = Path(path).is_dir()                      # whose own code (*.py) is trusted
     folder = path if local else diffusers.DiffusionPipeline.download(path)
     for turn in range(dist.get_world_size() if dist.is_initialized() else 1):
@@ -427,18 +444,15 @@ def load_pipeline(path, device, dtype=torch.float32, fsdp=False):
     return drive(pipe, device, fsdp)
 
 def drive(pipe, device, fsdp=False):
-    """The pipeline on its device, all but its denoisers frozen, its scheduler, first latents and
-    prompt encoder wrapped. With fsdp the denoisers stay on the CPU until shard_model.
-    ValueError: a pipeline whose latents move in another way than by one scheduler.step, or that is
-    offloaded by hooks, under which nothing gets a gradient."""
+    """The pipeline on its device, all but its denoisers frozen, its scheduler and first latents
+    wrapped. With fsdp denoisers stay on the CPU. ValueError: latents move otherwise than by one
+    scheduler.step, or hooks offload the model, so that nothing gets a gradient."""
     name = type(pipe).__name__
     source = inspect.getsource(inspect.unwrap(type(pipe).__call__))
     if source.count("scheduler.step(") != 1 or "deepcopy(self.scheduler)" in source:
-        raise ValueError(f"{name} calls scheduler.step at several places or copies the scheduler; "
-                         "the driver stands in for one call")
-    for method in ("prepare_latents", "encode_prompt"):
-        if not hasattr(pipe, method):
-            raise ValueError(f"{name} has no {method}, which the driver wraps")
+        raise ValueError(f"{name} copies the scheduler or has several scheduler.step: not driven")
+    if not hasattr(pipe, "prepare_latents"):
+        raise ValueError(f"{name} has no prepare_latents, which the driver wraps")
     prediction_type(pipe)                            # ValueError: one that cannot be trained
     policy = denoisers(pipe)
     if any(hasattr(module, "_hf_hook") for module in policy.modules()):
@@ -451,9 +465,10 @@ def drive(pipe, device, fsdp=False):
             if device.type == "cpu" and part in policy:
                 module.set_attention_backend("_native_math")    # faster for a few tokens
     vars(pipe)["scheduler"] = PolicyScheduler(pipe.scheduler)   # setattr would register it
+    # Wan 2.2 takes one timestep a call
+    pipe.one_by_one = bool(pipe.config.get("boundary_ratio") or pipe.config.get("expand_timesteps"))
     pipe.first_latents = None
     pipe.prepare_latents = functools.partial(prepare_latents, pipe, pipe.prepare_latents)
-    pipe.encode_prompt = functools.partial(encode_prompt, pipe.encode_prompt, {})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -468,19 +483,8 @@ def prepare_latents(pipe, stock, *args, **kwargs):
     latents = latents.float() if given is None else given
     return (latents, *rest) if isinstance(output, tuple) else latents
 
-@torch.no_grad()
-def encode_prompt(stock, memory, /, *args, **kwargs):
-    """The pipeline's own, remembered for 32 calls."""
-    key = pickle.dumps((args, kwargs))
-    if key not in memory:
-        memory[key] = stock(*args, **kwargs)
-    if len(memory) > 32:
-        memory.pop(next(iter(memory)))
-    return memory[key]
-
 def run_pipeline(pipe, step_fn=None, latents=None, timesteps=None, **call):
-    """One call of the pipeline, with gradients as torch's grad mode says; None if step_fn raised
-    StopPipeline."""
+    """One call of the pipeline, with gradients; None if step_fn raised StopPipeline."""
     call = {name: copy.copy(x) if isinstance(x, list) else x for name, x in call.items()}
     call = {"output_type": "pil", **call}            # by default videos are arrays
     negative = call.get("negative_prompt")           # lists are copied: pipelines write into them
@@ -495,15 +499,14 @@ def run_pipeline(pipe, step_fn=None, latents=None, timesteps=None, **call):
         return None
     finally:
         pipe.first_latents = pipe.scheduler.step_fn = pipe.scheduler.given_timesteps = None
+        pipe.scheduler.i = None
 
 def predict(pipe, x, t, **call):
     """What the denoiser predicts (prediction_type) at latents x and timestep t, () or (B,), after
     the pipeline's guidance. For epsilon and v, x is sqrt(acp) x0 + sqrt(1 - acp) noise."""
-    if t.ndim and (pipe.config.get("boundary_ratio") or pipe.config.get("expand_timesteps")):
-        rows = []                                    # Wan 2.2 takes one timestep a call
-        for i, prompt in enumerate(call["prompt"]):
-            rows.append(predict(pipe, x[i:i + 1], t[i], **{**call, "prompt": [prompt]}))
-        return torch.cat(rows)
+    if t.ndim and pipe.one_by_one:
+        return torch.cat([predict(pipe, x[i:i + 1], t[i], **{**call, "prompt": [prompt]})
+                          for i, prompt in enumerate(call["prompt"])])
     predictions = []
 
     def step_fn(i, x, v):
@@ -511,18 +514,33 @@ def predict(pipe, x, t, **call):
         raise StopPipeline
     run_pipeline(pipe, step_fn, x, t[None], **{**call, "num_inference_steps": 1})
     v = predictions[0]
+    if torch.is_grad_enabled() and not v.requires_grad:
+        raise RuntimeError("what is trained does not reach what is predicted: see --targets")
     if v.shape != x.shape:                           # a video UNet's step sees frames
         v = rearrange(v, "(b f) c h w -> b c f h w", b=len(x))
     return v
 
 def unguided(pipe, call):
-    """The call without classifier-free guidance, which belongs to sampling; a denoiser that takes
-    the guidance as an input keeps it."""
+    """The call without classifier-free guidance; a denoiser that has it as an input keeps it."""
+    options = inspect.signature(type(pipe).__call__).parameters
+    off = {"true_cfg_scale": 1.0, "guidance_scale": 0.0}
     for model in denoisers(pipe).values():
         if model.config.get("guidance_embeds") or model.config.get("time_cond_proj_dim"):
-            return call
-    known = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
-    return {**call, "guidance_scale": 0.0} if known else call
+            off.pop("guidance_scale", None)
+    return call | {name: scale for name, scale in off.items() if name in options}
+
+def report_long_prompts(pipe, records, call):
+    """Print how many prompts have more tokens than the text encoder with the longest text takes."""
+    option = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    limit = call.get("max_sequence_length", option.default if option else math.inf)
+    parts = [getattr(part, "tokenizer", part) for name, part in pipe.components.items()
+             if re.match("tokenizer", name) and part]
+    tokenizer = max(parts, key=lambda tokenizer: tokenizer.model_max_length)
+    limit = min(limit, tokenizer.model_max_length)
+    long = [r for r in records if len(tokenizer(r.get("prompt", ""))["input_ids"]) > limit]
+    if long and not (dist.is_initialized() and dist.get_rank()):
+        print(f"{len(long)} of {len(records)} prompts have more than the {limit} tokens that the "
+              f"text encoder takes, the rest is cut. The first: {long[0].get('where')}", flush=True)
 
 @torch.no_grad()
 def sample_media(pipe, records, seeds, batch_size, call):
@@ -547,8 +565,7 @@ def seeded_generator(*seed):
     digest = hashlib.blake2b(repr(seed).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
-def seeded_noise(shape, *seed):
-    """Standard normal noise, float32 on the CPU, that is a function of `seed`."""
+def seeded_noise(shape, *seed):                      # standard normal, on the CPU
     return torch.randn(shape, generator=seeded_generator(*seed))
 
 # ---------- a judge's accuracy
@@ -556,11 +573,9 @@ def mean(values):
     return sum(values) / len(values) if values else math.nan
 
 def evaluate_judge(judge, pairs, seed=0):
-    """({name: number}, (record, was it swapped, Verdict) of the first pair): how good a judge is on
-    pair records. Every pair is shown in a random order and then in the other one; winners are
-    turned back, so that they name the record's media. An undecided verdict is wrong.
-    winner_accuracy leaves out the pairs that people call a tie ("diff" of GenAI-Bench), in
-    tau_accuracy "tie" is right there; swap_consistency: the same winner in both orders."""
+    """({name: number}, the first verdict as text): how good a judge is on pair records, each shown
+    in a random order and then in the other. winner_accuracy leaves out the pairs that people call a
+    tie ("diff" of GenAI-Bench), in tau_accuracy "tie" is right there; undecided is wrong."""
     rng = random.Random(seed)
     swaps = [rng.random() < 0.5 for _ in pairs]
     shown = list(zip([*pairs, *pairs], [*swaps, *[not swap for swap in swaps]]))
@@ -570,14 +585,11 @@ def evaluate_judge(judge, pairs, seed=0):
         verdicts += [parse_verdict(text) for text in judge(questions)]
     winners = []
     complete = []
-    tens = []
     for verdict, (_, swap) in zip(verdicts, shown):
         turned = {1: 2, 2: 1}.get(verdict.winner, verdict.winner)
         winners.append(turned if swap else verdict.winner)
         anchors = {category.anchor for category in verdict.categories}
         complete.append(verdict.winner is not None and anchors >= {"A", "B", "C"})
-        for category in verdict.categories:
-            tens += [criterion.total() == 10 for criterion in category.criteria]
     labels = [WINNERS[pair["winner"]] for pair in pairs]
     right = [winner == label for winner, label in zip(winners, labels)]
     again = winners[len(pairs):]                            # in the other order
@@ -585,22 +597,21 @@ def evaluate_judge(judge, pairs, seed=0):
         "winner_accuracy": mean([ok for ok, label in zip(right, labels) if label != 0]),
         "tau_accuracy": mean(right),
         "parse_rate": mean(complete),
-        "sum10_rate": mean(tens),
         "swap_consistency": mean([a is not None and a == b for a, b in zip(winners, again)]),
         "first_position_share": mean([v.winner == 1 for v in verdicts if v.winner]),
         "failures": sum(isinstance(verdict.text, Failure) for verdict in verdicts)}
-    return numbers, (pairs[0], swaps[0], verdicts[0])
+    return numbers, format_verdict(verdicts[0], pairs[0]["prompt"])
 
 # ---------- distill: a teacher's traces
 def read_trace(text, winner):
-    """("right", trace) of a text that holds one whole verdict with all three categories and
-    people's `winner`, else ("dropped: ...", None). The trace is the JSON object alone."""
+    """("right", the one JSON object in a text) if it is a whole verdict for `winner`."""
     if isinstance(text, Failure):
         return "dropped: failure", None
     answer = text.rpartition("</think>")[2]
     trace = answer[answer.find("{"):answer.rfind("}") + 1]  # without fences and words around it
     try:
         json.loads(trace)
+        check_text(trace)
     except (ValueError, RecursionError):
         return "dropped: unparsed", None
     verdict = parse_verdict(text)
@@ -610,8 +621,7 @@ def read_trace(text, winner):
     return ("right", trace) if verdict.winner == winner else ("dropped: contradicts", None)
 
 def distill_pairs(teacher, pairs, args, seed):
-    """[(case, trace record or None), ...] of pairs in a random order: of up to --num-samples texts,
-    the first at temperature 0, the first that agrees with people's choice."""
+    """[(case, trace record or None), ...]: the first of --num-samples texts that is right."""
     rng = random.Random(seed)
     records = [swap_at_random(pair, rng) for pair in pairs]
     questions = [as_question(record) for record in records]
@@ -622,30 +632,26 @@ def distill_pairs(teacher, pairs, args, seed):
         if isinstance(teacher, ServerJudge):
             teacher.body["seed"] = rng.getrandbits(30)
         temperature = args.temperature if attempt > 0 else 0.0
-        texts = teacher([questions[i] for i in left], temperature=temperature)
-        if attempt == 0 and len(texts) > 1 and all(isinstance(text, Failure) for text in texts):
-            raise ValueError(f"none of {len(texts)} questions is answered: {texts[0]}. Mend that, "
-                             "then give the same command again: it goes on")
+        asked = [questions[i] for i in left]
+        is_first = attempt == 0 and len(asked) > 1
+        texts = (partial(ask, teacher) if is_first else teacher)(asked, temperature=temperature)
         for i, text in zip(left, texts):
             case, trace = read_trace(text, WINNERS[records[i]["winner"]])
             results[i] = (case, {**records[i], "response": trace} if trace else None)
     return results
 
 def distill(args, teacher):
-    """Write --out from distill_pairs of the file's pairs, and print how often each case occurs.
-    OUT.progress is a journal, a line a chunk, after whose last whole line a killed run goes on.
-    ValueError: it was begun with other options."""
+    """Write --out from distill_pairs of the file's pairs, and print how often each case occurs. A
+    killed run goes on where OUT.*.progress ends, one file for each set of options."""
     pairs = read_records(args.file, "pair")
-    journal = Path(f"{args.out}.progress")
-    options = {name: re.sub("^https?://[^#]*", "server", str(value))        # servers move
-               for name, value in vars(args).items() if name != "out"}
-    options["digest"] = hashlib.sha256(Path(args.file).read_bytes()).hexdigest()
+    teacher_name = re.sub("^https?://[^#]*", "server", args.model)              # servers move
+    options = [teacher_name, args.template, args.max_new_tokens, args.num_samples,
+               args.temperature, args.seed, Path(args.file).read_bytes()]
+    journal = Path(f"{args.out}.{hashlib.sha256(repr(options).encode()).hexdigest()[:8]}.progress")
     lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
-    lines = lines or [json.dumps(options)]
-    if json.loads(lines[0]) != options or Path(args.out).exists() and not journal.exists():
-        raise ValueError(f"{args.out} is there or was begun with other options: {lines[0]}. Give "
-                         f"the same ones, name another --out, or remove it and {journal}.")
-    results = sum([json.loads(line) for line in lines[1:]], [])
+    if Path(args.out).exists() and not lines:
+        raise ValueError(f"{args.out} is there, of other options: name another --out or remove it")
+    results = sum([json.loads(line) for line in lines], [])
     journal.parent.mkdir(parents=True, exist_ok=True)
     journal.write_text("".join(line + "\n" for line in lines))              # without a torn line
     with open(journal, "a") as file:
@@ -659,14 +665,18 @@ def distill(args, teacher):
 
 # ---------- commands
 def check(args):
-    """Print what a file holds; every medium is opened. ValueError names the first bad line."""
+    """Print what a file holds; every frame is opened. ValueError names the first bad line."""
     kinds = Counter()
-    for record in tqdm(read_records(args.file), "check"):
+    records = read_records(args.file)
+    if args.model:
+        pipe = load_pipeline(args.model, torch.device("cpu"))
+        report_long_prompts(pipe, records, pipe.call_args)
+    for record in tqdm(records, "check"):
         items = record.get(medium_of(record), [])
         kinds[f"{kind_of(record)} records with {len(items)} {medium_of(record)}"] += 1
-        for item in items:
+        for item in [*items, *filter(None, [record.get("source")])]:
             try:
-                load_media(item, 1)
+                load_media(item, 10 ** 9)
             except ValueError as error:
                 raise ValueError(f"{record['where']}: {error}") from None
     for kind, number in kinds.items():
@@ -678,7 +688,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("command", choices=["check", "eval", "distill"])
     add("file", help="records (check) or pairs")
-    add("--model", help="the judge: a folder, a hub id, URLs joined by commas or FILE.py:function")
+    add("--model", help="the judge: a folder, hub id, URLs or FILE.py:function; check: a generator")
     add("--template", help="file with the judge's instruction  [the model's own]")
     add("--max-new-tokens", type=int, help="longest verdict  [the model's own]")
     add("--num-samples", type=int, default=4, help="distill: traces a pair until one is right")

@@ -6,81 +6,57 @@
     torchrun --nproc_per_node=8 dpo.py --model out/judge-sft/model --data pairs.jsonl \\
         --eval-data held_out.jsonl --lora-rank 64 --lr 2e-5 --batch-size 1 --accumulation 4
 
-A judge learns from preferences between two verdicts, {"chosen", "rejected"}. Given people's choices
-between two images, it writes several verdicts on each pair, and a right one is chosen over a wrong
-one; given questions, it writes several answers, which another judge ranks. A generator learns from
-people's choices (Diffusion-DPO, arXiv 2311.12908); given prompts, it makes several candidates for
-each, of which a judge finds the best and the worst.
-Compare with sft.py: only the data, the reference and the loss differ.
-
+A judge learns from preferences between two verdicts; given people's choices between images, it
+writes several verdicts on each pair, and a right one is chosen over a wrong one. A generator learns
+from people's choices (Diffusion-DPO, arXiv 2311.12908); given prompts, it makes several candidates
+for each, of which a judge finds the best and the worst.
 Shapes: B pairs, T tokens, N response tokens, G candidates of a prompt; (...) latents.
 """
-import argparse, json, math, random, re
+import math, random
 from collections import Counter
 from functools import partial
-from itertools import islice, permutations
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from data import (WINNERS, as_question, batch_indices, denoisers, encode_records, kind_of,
-                  load_pipeline, medium_of, open_media, predict, read_records, sample_media,
-                  swap_at_random, unguided, write_jsonl)
-from reward import (Candidate, Comparison, Failure, load_judge, load_media, parse_score,
-                    parse_verdict, sample_pairs, win_rates)
+from data import (WINNERS, as_question, batch_indices, encode_records, kind_of, medium_of, predict,
+                  read_records, sample_media, swap_at_random, unguided, write_jsonl)
+from reward import (FORBIDDEN, Candidate, Failure, ask, compare_groups, load_judge, load_media,
+                    parse_score, parse_verdict, sample_pairs, win_rates)
 # the toolbox lies at the end of sft.py, the driver of pipelines in data.py
-from sft import (add_noise, autocast, call_sharded, disable_lora, encode_responses,
+from sft import (add_noise, autocast, call_sharded, disable_lora, dry_run, encode_responses,
                  evaluate_folder, evaluate_samples, finish_log, gather_list, get_rank,
-                 get_world_size, has_bf16, learning_rate, load_checkpoint, load_trained_judge,
-                 log_row, make_optimizers, micro_batches, optimizer_step, prepare_training,
-                 progress, response_states, save_checkpoint, save_generator, save_judge,
-                 setup_distributed, split_over_ranks, start_log, sum_over_ranks, token_logps,
-                 weights_dtype)
+                 get_world_size, load_checkpoint, load_generator, load_trained_judge, log_row,
+                 make_optimizers, micro_batches, optimizer_step, prepare_training, progress,
+                 response_states, save_checkpoint, save_generator, save_judge, setup_distributed,
+                 split_over_ranks, stage_parser, start_log, sum_over_ranks, token_logps)
 
 DEFAULTS = {
     "judge": {
         "model": "out/judge-sft/model", "data": "out/toy/pairs.jsonl", "out": "out/judge-dpo",
         "eval_data": "out/toy/pairs_test.jsonl", "num_samples": 4, "lora_rank": 16, "beta": 0.3,
-        "lr": 3e-4, "max_steps": 60, "batch_size": 16},
+        "lr": 3e-4, "warmup_steps": 5, "max_steps": 60, "batch_size": 16},
     "generator": {
         "model": "out/generator-sft/model", "data": "out/toy/prompts.txt",
         "out": "out/generator-dpo", "eval_data": "out/toy/prompts_test.txt", "num_samples": 8,
         "judge": "out/judge-dpo/model", "lora_rank": 32, "beta": 50.0, "lr": 1e-3,
-        "max_steps": 200, "batch_size": 32}}
+        "warmup_steps": 5, "max_steps": 200, "batch_size": 32}}
 NUM_PROMPTS = 640                       # the first ones of --data, that candidates are made for
 CHUNK = 12                              # prompts whose candidates are in memory
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    parser = stage_parser(__doc__)      # what all stages share
+    add = parser.add_argument
     add("--task", choices=["judge", "generator"], default="judge", help="what is trained")
-    add("--model", help="folder or hub id to start from  [the model of sft.py in out/]")
-    add("--data", help="preferences, pairs or questions (judge), pairs or prompts (generator)")
-    add("--eval-data", help="held-out pairs (judge) or prompts (generator)")
-    add("--watch", default="tests/toy_oracle.py:true", help="measures held-out samples, or none")
-    add("--num-samples", type=int, help="verdicts, answers [4] or candidates [8] of each record")
-    add("--sampler", help="judge: who writes verdicts and answers  [the model itself]")
+    add("--num-samples", type=int, help="verdicts or candidates of each record  [%(default)s]")
+    add("--sampler", help="judge: who writes the verdicts  [the model itself]")
     add("--temperature", type=float, default=0.7, help="judge: of the sampler")
-    add("--judge", help="who ranks them  [verdicts: checkable faults, else out/judge-dpo/model]")
-    add("--pipe-args", type=json.loads, default={}, help='of its call, as {"height": 512}')
+    add("--judge", help="generator: who ranks the candidates  [out/judge-dpo/model]")
     add("--sigma-mean", type=float, default=1.5, help="noise levels are sigmoid(N(this, 1))")
-    add("--lora-rank", type=int, help="without adapters it is the reference  [judge 16, gen. 32]")
-    add("--targets", help="regex: the linear layers with adapters  [all in the blocks]")
-    add("--beta", type=float, help="strength of the KL constraint  [judge .3, generator 50]")
-    add("--lr", type=float, help="peak learning rate  [judge 3e-4, generator 1e-3]")
-    add("--warmup-steps", type=int, default=5)
-    add("--max-steps", type=int, help="optimizer steps  [judge 60, generator 200]")
-    add("--batch-size", type=int, help="pairs per rank and micro-step  [judge 16, generator 32]")
+    add("--beta", type=float, help="strength of the KL constraint  [%(default)s]")
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
-    add("--bf16", action=flag, default=has_bf16(), help="compute in bfloat16, train in float32")
-    add("--fsdp", action=flag, default=False, help="shard the model across ranks (FSDP2)")
-    add("--grad-ckpt", action=flag, default=False, help="activation checkpointing")
-    add("--seed", type=int, default=0)
-    add("--out", help="run folder  [out/judge-dpo, out/generator-dpo]")
-    add("--save-every", type=int, default=200, help="steps between checkpoints")
-    add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
     parser.set_defaults(**DEFAULTS[parser.parse_known_args(argv)[0].task])
     args = parser.parse_args(argv)
     if args.lora_rank < 1:
@@ -124,7 +100,7 @@ def main(argv=None):
     model = judge.model
     prepare_training(model, args, device)
     optimizers = make_optimizers(model)
-    start = load_checkpoint(args, model, optimizers) if args.resume else 0
+    start = load_checkpoint(args, model, optimizers)
     per_step = args.batch_size * args.accumulation * get_world_size()
     start_log(args, model, f"{len(records)} preferences, {per_step} a step")
 
@@ -137,18 +113,16 @@ def main(argv=None):
             batch = encode_responses(judge, pairs + pairs, responses)           # (2B, T)
 
             with autocast(args, device):
-                with torch.no_grad(), disable_lora(model):
+                with torch.no_grad(), disable_lora():
                     reference_logps = call_sharded(model, response_logps, batch)
                 logps = call_sharded(model, response_logps, batch)              # (2B,)
             losses, sums = dpo_loss(logps, reference_logps, args.beta)
             loss = losses.sum() / per_step
             loss.backward()
             stats.update(sums)
-        lr = learning_rate(step, args)
-        grad_norm = optimizer_step(model, optimizers, lr)
-
-        row = {name: total / per_step for name, total in sum_over_ranks(stats).items()}
-        log_row(args, step, {**row, "lr": lr, "grad_norm": grad_norm})
+        row = optimizer_step(model, optimizers, step, args)
+        row |= {name: total / per_step for name, total in sum_over_ranks(stats).items()}
+        log_row(args, step, row)
         save_checkpoint(args, step, model, optimizers)
 
     save_judge(args, judge)
@@ -164,12 +138,11 @@ def denoising_logps(pipe, x, t, target, call):
 
 def train_generator(args, device):
     # model: without its adapters it is the reference
-    pipe = load_pipeline(args.model, device, weights_dtype(args, device), fsdp=args.fsdp)
-    policy = denoisers(pipe)
-    call = {**pipe.call_args, **args.pipe_args}
+    pipe, policy, call = load_generator(args, device)
     prepare_training(policy, args, device)
     policy.eval()                       # dropout would set policy and reference apart
     optimizers = make_optimizers(policy)
+    dry_run(pipe, read_records(args.data), args, call)
     media_before, before = evaluate_samples(pipe, args, call)
 
     # data: pairs, if need be of samples of the generator that training starts from
@@ -178,10 +151,9 @@ def train_generator(args, device):
     if not pairs:
         raise ValueError(f"{args.data} holds nothing but ties: nothing is preferred")
     latents = encode_pairs(pipe, pairs, call)                                   # (2, number, ...)
-    start = load_checkpoint(args, policy, optimizers) if args.resume else 0
+    start = load_checkpoint(args, policy, optimizers)
     per_step = args.batch_size * args.accumulation * get_world_size()
-    num_ties = len(records) - len(pairs)
-    start_log(args, policy, f"{len(pairs)} pairs without {num_ties} ties, {per_step} a step")
+    start_log(args, policy, f"{len(pairs)} pairs of {len(records)} are no ties, {per_step} a step")
 
     for step in progress(start, args):
         indices = batch_indices(len(pairs), per_step, step, args.seed)
@@ -193,7 +165,7 @@ def train_generator(args, device):
             inputs = {**unguided(pipe, call), "prompt": prompts + prompts}
 
             with autocast(args, device):
-                with torch.no_grad(), disable_lora(policy):
+                with torch.no_grad(), disable_lora():
                     reference_logps = denoising_logps(pipe, x, t, target, inputs)
                 logps = denoising_logps(pipe, x, t, target, inputs)             # (2B,)
             losses, sums = dpo_loss(logps, reference_logps, args.beta)
@@ -205,11 +177,9 @@ def train_generator(args, device):
                 chosen, rejected = values.detach().chunk(2)
                 stats.update({f"{name}/chosen": -2 * chosen.sum().item(),
                               f"{name}/rejected": -2 * rejected.sum().item()})
-        lr = learning_rate(step, args)
-        grad_norm = optimizer_step(policy, optimizers, lr)
-
-        row = {name: total / per_step for name, total in sum_over_ranks(stats).items()}
-        log_row(args, step, {**row, "lr": lr, "grad_norm": grad_norm})
+        row = optimizer_step(policy, optimizers, step, args)
+        row |= {name: total / per_step for name, total in sum_over_ranks(stats).items()}
+        log_row(args, step, row)
         save_checkpoint(args, step, policy, optimizers)
 
     save_generator(args, pipe, call)
@@ -218,19 +188,18 @@ def train_generator(args, device):
 
 def encode_pairs(pipe, records, call):
     """(2, number of records, ...) clean latents on the CPU, of the chosen and of the rejected."""
-    media = {"chosen": [], "rejected": []}
-    for record in records:
-        name = medium_of(record)
-        first, second = record[name]
-        chosen, rejected = (first, second) if WINNERS[record["winner"]] == 1 else (second, first)
-        media["chosen"].append({**record, name: [chosen]})
-        media["rejected"].append({**record, name: [rejected]})
-    return encode_records(pipe, media["chosen"] + media["rejected"], call).unflatten(0, (2, -1))
+    media = []
+    for winner in (1, 2):                                       # the chosen, then the rejected
+        for record in records:
+            name = medium_of(record)
+            place = 0 if WINNERS[record["winner"]] == winner else 1
+            media.append({**record, name: [record[name][place]]})
+    return encode_records(pipe, media, call).unflatten(0, (2, -1))
 
 # ---------- Sampling what is compared
 def load_or_sample(args, kind, sample, *inputs):
-    """The records of --data if they are of this kind, else those that sample(args, *inputs) ->
-    [(case, record or None), ...] makes of them, kept in args.out. ValueError: there are none."""
+    """The records of --data if of this kind, else of sample(args, *inputs) -> [(case, record),
+    ...]."""
     if kind_of(read_records(args.data)[0]) == kind:
         return read_records(args.data, kind)
     path = Path(args.out, f"{kind}s.jsonl")
@@ -248,40 +217,20 @@ def load_or_sample(args, kind, sample, *inputs):
     return read_records(path, kind)
 
 def sample_preferences(args):
-    """[(case, preference or None), ...] between --num-samples verdicts on each pair of --data,
-    ranked by whether they agree with people, or answers to each question, ranked by a judge."""
+    """[(case, preference or None), ...] between --num-samples verdicts on each pair of --data."""
     torch.manual_seed(args.seed + get_rank())
-    sample = partial(load_judge(args.sampler or args.model, score_template="{prompt}"),
-                     temperature=args.temperature)
-    is_question = kind_of(read_records(args.data)[0]) == "question"
-    records = read_records(args.data, "question" if is_question else "pair")
-    name = args.judge or ("out/judge-dpo/model" if is_question else None)
-    judge = load_judge(name, score_template="{prompt}") if name else None
-    records = [r for r in records if r.get("winner") != "Tie"][get_rank()::get_world_size()]
+    sample = partial(load_judge(args.sampler or args.model), temperature=args.temperature)
+    pairs = [pair for pair in read_records(args.data, "pair") if pair["winner"] != "Tie"]
+    pairs = pairs[get_rank()::get_world_size()]
     cases = []
-    for start in tqdm(range(0, len(records), 128), "verdicts", disable=get_rank() > 0):
-        chunk = records[start:start + 128]
-        if is_question:
-            questions = [as_question(record) for record in chunk]
-            texts = sample_texts(sample, questions, args.num_samples)
-            cases += rank_texts(judge, chunk, texts)
-        else:
-            cases += rank_pairs(sample, chunk, args.num_samples, judge)
+    for start in tqdm(range(0, len(pairs), 128), "verdicts", disable=get_rank() > 0):
+        cases += rank_pairs(sample, pairs[start:start + 128], args.num_samples)
     return gather_list(cases)
 
-def sample_texts(sample, questions, num):
-    """[`num` texts, ...], one list for each question. ValueError: none is answered."""
-    texts = sample([question for question in questions for _ in range(num)])
-    if texts and all(isinstance(text, Failure) for text in texts):
-        raise ValueError(f"none of {len(texts)} questions is answered: {texts[0]}")
-    return [texts[start:start + num] for start in range(0, len(texts), num)]
-
 def rank_traces(traces, winner):
-    """(case, best, worst) of one pair's traces, where `winner` is people's choice; best and worst
-    are None where nothing is preferred.
-    Sec. 3.2 of arXiv 2602.02380: right over wrong; all right: the better reasoning; all wrong:
-    dropped. Better reasoning is here what can be checked: fewer faults in the verdict, such as
-    scores that do not sum to ten."""
+    """(case, best, worst) of one pair's traces, where `winner` is people's choice, or None, None.
+    Sec. 3.2 of arXiv 2602.02380: right over wrong; all right: the better reasoning, here what has
+    fewer faults, as scores that do not sum to ten; all wrong: dropped."""
     if not traces:
         return "failure", None, None
     verdicts = [parse_verdict(trace) for trace in traces]
@@ -295,67 +244,24 @@ def rank_traces(traces, winner):
         return case, None, None
     return case, traces[faults.index(best)], traces[faults.index(worst)]
 
-def rank_pairs(sample, pairs, num_traces, judge=None):
-    """[(case, preference or None), ...] of pairs, from `num_traces` traces of each. A judge of
-    reasoning, if given, decides where all are right. sample and judge: questions -> texts."""
-    groups = sample_texts(sample, [as_question(pair) for pair in pairs], num_traces)
+def rank_pairs(sample, pairs, num_traces):
+    """[(case, preference or None), ...] of pairs, from `num_traces` traces of each."""
+    texts = iter(ask(sample, [as_question(pair) for pair in pairs for _ in range(num_traces)]))
     results = []
-    rivals = {}                                                 # {pair's number: two right traces}
-    for i, (pair, traces) in enumerate(zip(pairs, groups)):
-        traces = [trace for trace in traces if not isinstance(trace, Failure)]
+    for pair in pairs:
+        traces = [text for text in islice(texts, num_traces) if not isinstance(text, Failure)
+                  and text.strip() and not FORBIDDEN.search(text)]
         case, best, worst = rank_traces(traces, WINNERS[pair["winner"]])
-        if best:
-            results.append((case, {**pair, "chosen": best, "rejected": worst}))
-        else:
-            results.append((f"dropped: {case}", None))
-        distinct = list(dict.fromkeys(traces))
-        if judge and case == "all right" and len(distinct) > 1:
-            rivals[i] = distinct[:2]
-    if rivals:
-        ranked = rank_texts(judge, [pairs[i] for i in rivals], rivals.values())
-        for i, (_, record) in zip(rivals, ranked):
-            results[i] = ("all right" if record else "dropped: all right", record)
-    return results
-
-COMPARE_TEXTS = """\
-Two answers to one task about the images above follow. Decide which is better: it is right, what \
-it says can be seen in the images, its scores and winners follow from its reasons, and it answers \
-what was asked, completely and clearly.
-Task: {task}
-Answer 1: {first}
-Answer 2: {second}
-Answer with one JSON object and nothing else: {"reason": "what decides, in one or two sentences", \
-"winner": "Answer 1 or Answer 2"}"""
-
-def rank_texts(judge, records, candidates):
-    """[(case, preference or None), ...] of N texts about each record, verdicts or answers to its
-    instruction: the best and the worst by win rates. All are compared in both orders, so that a
-    judge which goes by the position finds them equal. judge(questions) -> texts; its score_template
-    is "{prompt}"."""
-    questions = []
-    for record, texts in zip(records, candidates):
-        task = f"Which of two candidates serves this prompt better? {record.get('prompt')}"
-        fields = {"task": record.get("instruction", task)}
-        images = sum(open_media(record), [])
-        for fields["first"], fields["second"] in permutations(texts, 2):
-            prompt = re.sub(r"\{(\w+)\}", lambda name: fields[name[1]], COMPARE_TEXTS)
-            questions.append(Candidate(prompt, images))
-    verdicts = iter([parse_verdict(text) for [text] in sample_texts(judge, questions, 1)])
-    results = []
-    for record, texts in zip(records, candidates):
-        pairs = list(permutations(range(len(texts)), 2))
-        results.append(pair_of(record, texts, pairs, list(islice(verdicts, len(pairs)))))
+        record = {**pair, "chosen": best, "rejected": worst}
+        results.append((case, record) if best else (f"dropped: {case}", None))
     return results
 
 def sample_best_and_worst(args, pipe, call):
-    """[(case, pair or None), ...] of the best and the worst of --num-samples candidates for each of
-    the first NUM_PROMPTS prompts of --data, functions of (seed, prompt's number, member)."""
+    """[(case, pair or None), ...] of --num-samples candidates for the first NUM_PROMPTS prompts."""
     judge = load_judge(args.judge)
     prompts = read_records(args.data, "prompt")
     indices = range(len(prompts))[:NUM_PROMPTS]
-    if get_rank() == 0:
-        print(f"{args.num_samples} candidates for each of the first {len(indices)} of "
-              f"{len(prompts)} prompts, which {args.judge} ranks", flush=True)
+
     def sample_and_rank(chunk):
         groups = {}
         for i in chunk:
@@ -371,37 +277,32 @@ def sample_best_and_worst(args, pipe, call):
     return cases
 
 def rank_groups(judge, args, prompts, groups):
-    """[(case, pair record or None), ...] of groups {prompt's number: candidates}: the best and the
-    worst of each by win rates, each candidate meeting its next two on a ring. With a judge that
-    also scores, by G / 2 comparisons and G scores (Sec. 3 of arXiv 2503.05236), see best_of_n."""
+    """[(case, pair record or None), ...] of groups {prompt's number: candidates}, each compared
+    with its next two on a ring; by a judge that scores too, in G / 2 comparisons and by G scores
+    (Sec. 3 of arXiv 2503.05236), see best_of_n."""
     is_scored = Path(args.judge, "score_template.txt").exists()
     schedule = []
-    questions = []
-    candidates = []
+    entries = []
     for i, group in groups.items():
         rng = random.Random(f"{args.seed} {i}")
         pairs = sample_pairs(len(group), f"ring:{min(2, len(group) // 2)}", rng)
         if is_scored:
             pairs = [rng.sample((k, k + 1), 2) for k in range(0, len(group) - 1, 2)]
-        prompt = prompts[i]["prompt"]
-        media = [load_media(frames) for frames in group]
         schedule.append(pairs)
-        questions += [Comparison(prompt, media[first], media[second]) for first, second in pairs]
-        candidates += [Candidate(prompt, frames) for frames in media]
-    verdicts = iter([parse_verdict(text) for [text] in sample_texts(judge, questions, 1)])
-    scores = iter([parse_score(text) for text in judge(candidates)] if is_scored else [])
+        entries.append((prompts[i]["prompt"], [load_media(frames) for frames in group], []))
+    verdicts = compare_groups(partial(ask, judge), entries, schedule)
+    candidates = [Candidate(prompt, frames) for prompt, media, _ in entries for frames in media]
+    texts = judge(candidates) if is_scored else []
     cases = []
-    for (i, group), pairs in zip(groups.items(), schedule):
-        group_verdicts = list(islice(verdicts, len(pairs)))
-        group_scores = list(islice(scores, len(group))) if is_scored else None
+    for i, group, *comparisons in zip(groups, groups.values(), schedule, verdicts):
+        scores = [parse_score(texts.pop(0)) for _ in group] if is_scored else None
         rng = random.Random(f"{args.seed} {i} order")
-        cases.append(pair_of(prompts[i], group, pairs, group_verdicts, group_scores, rng))
+        cases.append(pair_of(prompts[i], group, *comparisons, scores, rng))
     return cases
 
 def best_of_n(pairs, verdicts, scores, num):
-    """(best, worst) of `num` candidates, None where they cannot be told apart: of those who won a
-    comparison the one with the highest score, of those who lost one the one with the lowest; where
-    scores is None the highest and the lowest win rate, of equals the category rates decide."""
+    """(best, worst) of `num` candidates, None where they are equal: the highest score of those who
+    won a comparison, the lowest of those who lost one; without scores the win rates decide."""
     if scores is None:
         rates = win_rates(pairs, verdicts, num)
         values = list(zip(rates.overall.tolist(), rates.category.nan_to_num().tolist()))
@@ -409,27 +310,21 @@ def best_of_n(pairs, verdicts, scores, num):
     else:
         values = [(score,) for score in scores]
         decided = [(pair, v.winner) for pair, v in zip(pairs, verdicts) if v.winner]
-        winners = [pair[winner - 1] for pair, winner in decided]
-        losers = [pair[2 - winner] for pair, winner in decided]
-        winners = [i for i in winners if scores[i] is not None]
-        losers = [i for i in losers if scores[i] is not None]
+        winners = [pair[k - 1] for pair, k in decided if scores[pair[k - 1]] is not None]
+        losers = [pair[2 - k] for pair, k in decided if scores[pair[2 - k]] is not None]
     if not winners or not losers:
         return None
     best = max(winners, key=values.__getitem__)
     worst = min(losers, key=values.__getitem__)
     return (best, worst) if values[best][0] > values[worst][0] else None
 
-def pair_of(record, candidates, pairs, verdicts, scores=None, rng=random):
-    """("kept", training record) of N candidates for a record, else ("dropped: ...", None): the best
-    and the worst text as chosen and rejected, or list of frames as a pair in a random order."""
-    if any(isinstance(candidate, Failure) for candidate in candidates):
-        return "dropped: failure", None
+def pair_of(record, candidates, pairs, verdicts, scores, rng):
+    """("kept", pair record) of the best and the worst of N candidates, else ("dropped: ...",
+    None)."""
     order = best_of_n(pairs, verdicts, scores, len(candidates))
     if order is None or candidates[order[0]] == candidates[order[1]]:
         return "dropped: equal or undecided", None
     chosen, rejected = [candidates[i] for i in order]
-    if isinstance(chosen, str):
-        return "kept", {**record, "chosen": chosen, "rejected": rejected}
     media = {"images": [*chosen, *rejected], "winner": "Image 1"}
     if len(chosen) > 1:
         media = {"videos": [chosen, rejected], "winner": "Video 1"}

@@ -8,17 +8,18 @@ Imports nothing of ours: copy it anywhere.
 
 Seconds each with the toy judge on a CPU.  Shapes: G items of one prompt, B items, T tokens.
 """
-import argparse, base64, html, io, json, os, random, re, runpy, sys, threading, time
+import argparse, base64, contextlib, html, io, json, os, random, re, runpy, sys, threading, time
 import urllib.error
 import urllib.request
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageSequence
-from tqdm import tqdm
+from PIL import Image, ImageOps, ImageSequence
 
 # ---------- 1. The question
 ANCHORS = {
@@ -56,33 +57,50 @@ class Comparison:
     prompt: str
     media_1: list
     media_2: list
+    source: list = ()                   # the image that the prompt asks to edit or animate, if any
 
 @dataclass(frozen=True)
 class Candidate:
     """How good is it by itself?"""
     prompt: str
     media: list
+    source: list = ()
+
+FORBIDDEN = re.compile(             # control tokens of chat templates, NUL, half a character
+    r"<[|｜][^<>|｜\s]{1,40}[|｜]>|</?(?:s|img|image|video|IMG_CONTEXT|image_soft_token)>"
+    r"|<(?:bos|eos|pad|(?:start|end)_of_(?:turn|image))>|\[IMG(?:_\w+)?\]|[\0\ud800-\udfff]")
+
+def check_text(text):
+    """ValueError: an empty text, or a token in it that would end the turn or stand for an image."""
+    forbidden = FORBIDDEN.search(text)
+    if forbidden or not text.strip():
+        token = forbidden[0] if forbidden else ""
+        raise ValueError(f"the text {text[:80]!r} is empty or holds a control token, {token!r}")
 
 def instruction(prompt, medium="Image", template=TEMPLATE):
     """The text of the question: {prompt} in the template filled in, {medium} and {anchors} where it
-    has them; other braces stay. ValueError: an empty prompt, a template without {prompt}."""
-    if not prompt.strip():
-        raise ValueError("the prompt is empty; the judge needs the text that was generated from")
+    has them; other braces stay, but str.format's doubled ones become single.
+    ValueError: check_text's, or a template without {prompt}."""
+    check_text(prompt)
     if "{prompt}" not in template:
         raise ValueError("the template has no {prompt}; put {prompt} where the prompt belongs")
+    if "{{" in template:
+        template = template.replace("{{", "{").replace("}}", "}")
     text = template.replace("{anchors}", "\n".join(ANCHORS[medium]))
     return text.replace("{medium}", medium).replace("{prompt}", prompt)
 
 def build_messages(question, template=None):
-    """(messages, images): one user message in the chat format of transformers, all images first and
-    the text last, and its PIL images. Candidates of several frames make it a question of videos."""
+    """(messages, images): a user's message for chat templates, all images before the text."""
     is_pair = isinstance(question, Comparison)
     media = [question.media_1, question.media_2] if is_pair else [question.media]
     medium = "Video" if max(map(len, media)) > 1 else "Image"
     template = template or (TEMPLATE if is_pair else SCORE_TEMPLATE)
-    images = sum(media, [])
+    images = sum(media, list(question.source))
     content = [{"type": "image"} for _ in images]
-    content.append({"type": "text", "text": instruction(question.prompt, medium, template)})
+    text = instruction(question.prompt, medium, template)
+    if question.source:
+        text = f"The first image is the source that the prompt asks to edit or animate.\n{text}"
+    content.append({"type": "text", "text": text})
     return [{"role": "user", "content": content}], images
 
 def chat_text(processor, messages):
@@ -103,7 +121,7 @@ def load_media(item, num_frames=8):
 
 def evenly_spaced(items, num):
     steps = torch.linspace(0, len(items) - 1, min(num, len(items)), dtype=torch.float64)
-    return [items[i] for i in steps.round().int()]
+    return [items[i] for i in steps.int()]              # rounded down, as the released judges' are
 
 def read_frames(path, num_frames):
     kind = path.suffix.lower()
@@ -112,19 +130,34 @@ def read_frames(path, num_frames):
             files = [file for file in path.iterdir()
                      if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
             files.sort(key=lambda file: (len(file.name), file.name))            # 2 before 10
-            return [Image.open(file).convert("RGB") for file in evenly_spaced(files, num_frames)]
+            return [read_frames(file, 1)[0] for file in evenly_spaced(files, num_frames)]
         if kind in (".mp4", ".mov", ".mkv", ".webm", ".avi"):
             import av
             with av.open(path) as video:
                 frames = evenly_spaced(list(video.decode(video=0)), num_frames)
-                return [frame.to_image() for frame in frames]
+                return [f.to_image().rotate(f.rotation, expand=True) for f in frames]
         image = Image.open(path)
         frames = ImageSequence.Iterator(image) if kind in (".gif", ".webp", ".apng") else [image]
-        return [frame.convert("RGB") for frame in frames]
-    except ImportError:
-        raise ValueError(f"{path}: reading videos needs PyAV: pip install av") from None
-    except (OSError, LookupError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image or video ({error})") from None
+        return [to_rgb(frame) for frame in frames]
+    except Exception as error:                          # a damaged file may raise anything
+        raise ValueError(f"{path}: not a readable image or video, which needs `pip install av` "
+                         f"({error!r})") from error
+
+def to_rgb(image):
+    """The image as it is meant to be seen: upright by its EXIF data, on white, greys of 8 bits."""
+    with contextlib.suppress(SyntaxError):              # EXIF data that is none
+        image = ImageOps.exif_transpose(image)
+    grey = image.convert("I") if image.mode.startswith("I") else None
+    is_strip = max(image.size) > 200 * min(image.size)
+    if is_strip or image.mode == "F" or grey and grey.getextrema()[1] > 65535:
+        raise ValueError(f"mode {image.mode}, size {image.size}: at most 16 bits, at most 200 : 1")
+    if grey:
+        grey.info.pop("transparency", None)             # a 16-bit value
+        image = grey.point(lambda x: x / 257).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 # ---------- 2. The verdict. A winner is 1, 2, 0 for a declared tie, or None, undecided: not a tie
 class Failure(str):
@@ -159,8 +192,7 @@ class Verdict:
     issues: list[str] = field(default_factory=list)     # what was repaired or contradicts itself
     text: str = ""
 
-    def winner_on(self, anchor):
-        """The winner of the first category with that anchor, None without one."""
+    def winner_on(self, anchor):        # of the first category with it
         winners = [category.winner for category in self.categories if category.anchor == anchor]
         return winners[0] if winners else None
 
@@ -169,11 +201,13 @@ FIRST = rf"(?:the )?(?:{NOUN}[ _#:-]*(?:1|a|one)|1|a|first(?: {NOUN}| one)?)"
 SECOND = rf"(?:the )?(?:{NOUN}[ _#:-]*(?:2|b|two)|2|b|second(?: {NOUN}| one)?)"
 WINS = (r" (?:wins|(?:is|looks) (?:(?:much|slightly|clearly|the) )*"
         rf"(?:better|best|winner|preferred|superior)(?: {NOUN}| one)?(?: (?:than|to|over) OTHER)?)")
-TIE = (r"(?:it's |it is )?(?:a )?(?:tie|tied|draw|equal)"
+TIE = (r"(?:it's |it is )?(?:a )?(?:tie|tied|draw|equal|same)"
        rf"|(?:both|the two) {NOUN}s are equal(?:ly (?:good|bad))?")
 CLAIMS = {1: FIRST + WINS.replace("OTHER", SECOND),
           2: SECOND + WINS.replace("OTHER", FIRST), 0: TIE}
-WINNERS = {1: f"{FIRST}|{CLAIMS[1]}", 2: f"{SECOND}|{CLAIMS[2]}", 0: TIE}
+WINNERS = {1: rf"{FIRST}|{CLAIMS[1]}|\[\[(?:a|a>+b|b<+a)\]\]",         # and arena's [[A>B]]
+           2: rf"{SECOND}|{CLAIMS[2]}|\[\[(?:b|b>+a|a<+b)\]\]",
+           0: rf"{TIE}|\[\[(?:c|[ab]=[ab](?:=bad)?)\]\]"}
 LETTER = re.compile(r"\W*(?:category\s+)?([a-z])\**\s*(?:[.:)\]–—-]|$)", re.I)
 KEYWORDS = {"A": "semantic", "B": "(?:image|video|visual) quality|realism",
             "C": "aesthetic|artistry|cinematograph"}
@@ -194,8 +228,7 @@ def parse_verdict(text):
     return verdict
 
 def read_winner(value, patterns=WINNERS):
-    """1, 2, 0 for a tie, or None. The whole value must say it: "Image 1/2" and "not Image 1" are
-    None. With patterns=CLAIMS it must be a sentence, "Image 1 is better"."""
+    """1, 2, 0 for a tie, or None: "Image 1/2". With CLAIMS only a sentence: "Image 1 is better"."""
     value = str(value).removesuffix(".0").strip(" \t\r\n*`'\".!").lower()
     for winner, pattern in patterns.items():
         if re.fullmatch(pattern, " ".join(value.split())):
@@ -203,8 +236,7 @@ def read_winner(value, patterns=WINNERS):
     return None
 
 def read_anchor(name):
-    """"A", "B", "C" by the leading letter ("A. x", "B: x", "**C**"), without a letter by a keyword;
-    None for a category that the judge added."""
+    """"A", "B", "C" by the leading letter ("A. x", "**C**"), else by a keyword; None: added."""
     letter = LETTER.match(name[:200])
     if letter:
         return letter[1].upper() if letter[1].upper() in KEYWORDS else None
@@ -215,10 +247,9 @@ def read_anchor(name):
 POINTS = re.compile(r"\s*(\d{1,3}(?:\.\d{1,20})?)\s*(?:/\s*10\s*)?")
 
 def read_json(answer, verdict):
-    """Fill in the verdict from the JSON object in the answer. Its own "winner" decides, never a
-    category's. Of several objects that agree the last one counts, objects that disagree are
-    undecided. Text around it and a comma before a bracket are repaired, which `issues` records;
-    other faults, as a cut tail, leave it undecided. A malformed category costs itself only."""
+    """Fill in the verdict from the JSON object in the answer. Its own "winner" decides; of objects
+    that agree the last counts. Text around it and a comma before a bracket are repaired, which
+    `issues` records; other faults, as a cut tail or objects that disagree, leave it undecided."""
     issues = verdict.issues
     try:
         roots = find_objects(answer, issues)
@@ -246,8 +277,8 @@ def read_json(answer, verdict):
             issues.append(f"category {anchor} comes twice, the first one counts")
 
 def find_objects(answer, issues):
-    """[dict, ...]: the outermost JSON objects with a verdict. ValueError: one is malformed, or a
-    category stands alone; then nobody can tell root from nested."""
+    """[dict, ...]: the outermost JSON objects with a verdict. ValueError: a malformed one, or a
+    category alone, so that nobody can tell root from nested."""
     text = re.sub(r",(\s*[}\]])", r"\1", answer.strip())
     decoder = json.JSONDecoder(strict=False, parse_int=float, object_pairs_hook=join_members)
     roots = []
@@ -308,21 +339,21 @@ def read_category(data, issues):
 THEREFORE = re.compile(
     r"(?:(?:so|thus|therefore|hence|overall|in conclusion|conclusion|final answer|final verdict"
     r"|verdict)[ ,:]+){1,3}")
-NUMBER = r"(-?\d{1,4}(?:\.\d{1,6})?)(?: ?/ ?\d{1,3})?"
-SCALE = r"(?: \(\d{1,3} ?- ?\d{1,3}\))?"                # " (1-5)"
+NUMBER = r"(-?\d{1,4}(?:\.\d{1,6})?)(?: ?/ ?([1-9]\d{0,2}))?"            # 4 or 8/10
+SCALE = r"(?: \(\d{1,3} ?- ?(\d{1,3})\))?"              # " (1-5)"
 FINAL_SCORE = re.compile(
     rf"final score{SCALE}[ *:=]{{1,8}}{NUMBER}"
-    r"(?![\d.,]*\d| ?[-/–~] ?\d| (?:to|or|through)\b)", re.I)
+    r"(?![\d.,]*\d| ?[-/–~] ?\d| ?%| (?:to|or|through|out|of)\b)", re.I)
 SCORE_LINE = re.compile(
     rf"^[ \t*-]{{0,8}}([A-Za-z][^:\n]{{0,60}}?){SCALE}[*]{{0,2}}:[* \t]{{1,8}}{NUMBER}"
     r"[*. \t]{0,8}$", re.M)
 
 def read_sentences(answer, verdict):
-    """Fill in the winner from UnifiedReward's "Image 1 is better than Image 2.", "Both videos are
-    equally good.", or UnifiedReward-Think's <answer>Image 1 is better</answer>. A claim counts only
-    as a whole sentence, the last sentence must be one, and all must agree: "if Image 1 is better"
-    and a section's winner before an unclear end are undecided."""
-    claims = [read_winner(claim) for claim in re.findall(r"<answer>([^<]*)</answer>", answer)]
+    """Fill in the winner from "Image 1 is better than Image 2.", UnifiedReward-Think's
+    <answer>Image 1 is better</answer> or an arena's [[A>B]]. A claim is a whole sentence, not "if
+    Image 1 is better"; the last sentence must be one, and all must agree."""
+    claims = [read_winner(claim.removeprefix("<answer>")) for claim in
+              re.findall(r"<answer>[^<]*(?=</answer>)|\[\[[^\[\]]{1,20}\]\]", answer)]
     if not claims:
         lines = re.sub(r"(?<![.!;:*>\n])\n(?!\n)", " ", answer.lower())        # wrapped lines
         sentences = [part.strip(" *#\t\r") for part in re.split(r"[.!;\n]+", lines)]
@@ -335,15 +366,18 @@ def read_sentences(answer, verdict):
         verdict.issues.append("no JSON object, and no claim or claims that disagree")
 
 def parse_score(text):
-    """The score in a judge's pointwise text, on the judge's scale, or None; never raises on a str,
-    linear time. "Final Score: 4" decides, else the mean of the lines named so, as "Alignment Score
-    (1-5): 3.5"; final scores that differ and score lines that cannot be read give None."""
+    """The score in a judge's pointwise text, on the judge's scale, of "8/10" out of 5, or None;
+    never raises on a str, linear time. "Final Score: 4" decides, else the mean of lines such as
+    "Alignment Score (1-5): 3.5"; final scores that differ and unreadable lines give None."""
+    def value(scale, number, maximum):
+        maximum = maximum or scale
+        return float(number) * (5 / float(maximum) if maximum else 1)
     if isinstance(text, Failure):
         return None
     if "final score" in text.lower():
-        finals = {float(match[1]) for match in FINAL_SCORE.finditer(text)}
+        finals = {value(*match) for match in FINAL_SCORE.findall(text)}
         return finals.pop() if len(finals) == 1 else None
-    scores = {name: float(number) for name, number in SCORE_LINE.findall(text)
+    scores = {name: value(*number) for name, *number in SCORE_LINE.findall(text)
               if name.lower().endswith("score")}
     num_lines = len(re.findall(r"score\b[^:\n]{0,20}:", text, re.I))
     if not scores or len(scores) != num_lines:          # one was not read, or came twice
@@ -352,8 +386,8 @@ def parse_score(text):
 
 # ---------- 3. From verdicts to advantages
 def sample_pairs(num_items, pairs="all", rng=random):
-    """[(first, second), ...]: which of G items are compared, in a random order as judges favour a
-    position. "all": all G(G-1)/2 pairs; "ring:K": each item meets its next K on a random ring."""
+    """[(first, second), ...] of G items, in a random order as judges favour a position. "all": all
+    G(G-1)/2 pairs; "ring:K": each item meets its next K on a random ring."""
     match = re.fullmatch(r"all|ring:(\d+)", pairs)
     num_next = int(match[1] or num_items // 2) if match else 0      # on a ring of G/2 all meet all
     if not 1 <= num_next <= num_items // 2:
@@ -371,17 +405,13 @@ class WinRates:
     overall: torch.Tensor               # (G,) R_all in [0, 1], NaN: never compared
     category: torch.Tensor              # (G,) R_cat
     anchors: dict[str, torch.Tensor]    # {"A": (G,) R_A, "B": ..., "C": ...}
-    num_decided: int                    # verdicts with a winner
-    num_ties: int
-    num_undecided: int
-    first_position_wins: int            # of num_decided
+    counts: dict[str, int]              # verdicts, first_wins, second_wins, ties, undecided
 
 def win_rates(pairs, verdicts, num_items, category_weights=None):
-    """WinRates of G items; winner 1 of a verdict is the first of its pair.
-    R_d(i) = wins of i on anchor d / comparisons of i on d, a tie is half a win (Sec. 3.3.2 of arXiv
-    2602.02380); R_cat(i) = mean over the d that have a value, weighted by category_weights
-    ({"A": 1.0, ...}); R_all(i) from the overall winners. An undecided verdict counts nowhere, nor
-    does a category without a readable winner. Categories that the judge added are in no rate."""
+    """WinRates of G items. R_d(i) = wins of i on anchor d / comparisons of i on d, a tie is half a
+    win (Sec. 3.3.2 of arXiv 2602.02380); R_cat(i) = mean over the d that have a value, weighted by
+    category_weights ({"A": 1.0, ...}); R_all(i) from the overall winners. What is undecided counts
+    nowhere, nor does a category that the judge added."""
     if len(pairs) != len(verdicts):
         raise ValueError(f"{len(pairs)} pairs but {len(verdicts)} verdicts; expected one each")
     weights = category_weights or {"A": 1.0, "B": 1.0, "C": 1.0}
@@ -400,16 +430,16 @@ def win_rates(pairs, verdicts, num_items, category_weights=None):
     rates = torch.stack(list(anchors.values()))         # (D, G)
     weight = torch.tensor(list(weights.values()), dtype=torch.float64)[:, None] * ~rates.isnan()
     category = (weight * rates).nansum(0) / weight.sum(0)
-    # float64 rounded to float32: what is equal on paper is equal bit by bit, as (0 + .2 + 1) / 3
-    # and (.4 + .4 + .4) / 3 are not
+    # float64 rounded to float32, in which (0 + .2 + 1) / 3 and (.4 + .4 + .4) / 3 are equal
+    names = {"first_wins": 1, "second_wins": 2, "ties": 0, "undecided": None}
+    counts = {name: overall.count(winner) for name, winner in names.items()}
     return WinRates(rate(overall).float(), category.float(), dict(zip(anchors, rates.float())),
-                    num_decided=overall.count(1) + overall.count(2), num_ties=overall.count(0),
-                    num_undecided=overall.count(None), first_position_wins=overall.count(1))
+                    {"verdicts": len(pairs), **counts})
 
 def normalize(values, std_floor=0.0, eps=1e-8):
-    """(G,) z = (x - mean) / (max(std, std_floor) + eps) of a group's values, std with divisor G-1.
-    Values that are all equal, bit by bit, give exactly 0. A missing value (NaN) gets 0 and enters
-    neither mean nor std. A floor keeps a group of ties and one decided pair quiet."""
+    """(G,) z = (x - mean) / (max(std, std_floor) + eps) of a group's values, std with divisor G-1,
+    exactly 0 where all are equal. A missing value (NaN) gets 0 and enters neither mean nor std. A
+    floor keeps a group of ties and one decided pair quiet."""
     values = values.float()
     scores = torch.zeros_like(values)
     known = ~values.isnan()
@@ -420,16 +450,15 @@ def normalize(values, std_floor=0.0, eps=1e-8):
 
 def group_advantages(rates, alpha=0.7, std_floor=0.0):
     """(G,) A = alpha z(R_cat) + (1 - alpha) z(R_all), each side normalised before the blend (Sec.
-    3.3.2 of arXiv 2602.02380). Where an item has a value on one side only, as with a judge that
-    names no categories, that side counts alone. Worked: rates 1, .5, 0 on both sides give 1, 0, -1.
-    """
+    3.3.2 of arXiv 2602.02380). Where an item has a value on one side only, that side counts alone.
+    Worked: rates 1, .5, 0 on both sides give 1, 0, -1."""
     category = normalize(rates.category, std_floor)
     overall = normalize(rates.overall, std_floor)
     advantages = alpha * category + (1 - alpha) * overall
     advantages = torch.where(rates.overall.isnan(), category, advantages)
     return torch.where(rates.category.isnan(), overall, advantages)
 
-# ---------- 4. Judges: judge(questions, temperature=0.0, progress=False) -> [text or Failure, ...]
+# ---------- 4. Judges: judge(questions, temperature=0.0) -> [text or Failure, ...]
 class LocalJudge:
     """A transformers model in a folder or hub repository, asked in the wording of template.txt (for
     Candidates score_template.txt) beside its weights, unless one is given. By default on the GPU in
@@ -445,20 +474,21 @@ class LocalJudge:
                   for file in Path(path).glob("*template.txt")}
         self.templates = {Comparison: template or stored.get("template.txt"),
                           Candidate: score_template or stored.get("score_template.txt")}
+        if not self.templates[Comparison]:
+            print(f"{path} has no template.txt: asked in reward.TEMPLATE's words", flush=True)
         default = self.model.generation_config.max_new_tokens or 2048
         self.max_new_tokens = max_new_tokens or default
         self.batch_size = batch_size or max(1, 50_000 // self.max_new_tokens)
 
     @torch.inference_mode()
-    def __call__(self, questions, temperature=0.0, progress=False):
+    def __call__(self, questions, temperature=0.0):
         """Texts, in order. Greedy at temperature 0, else sampled without top-k or top-p."""
         options = {"do_sample": False}
         if temperature > 0:
             options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         tokenizer = self.processor.tokenizer
         texts = []
-        batches = range(0, len(questions), self.batch_size)
-        for start in tqdm(batches, desc="judge", disable=not progress):
+        for start in range(0, len(questions), self.batch_size):
             batch = questions[start:start + self.batch_size]
             chats = [build_messages(q, self.templates[type(q)]) for q in batch]
             inputs = self.processor(
@@ -473,14 +503,12 @@ class LocalJudge:
         return texts
 
 def load_processor(path):
-    """AutoProcessor's of a folder or hub repository, see leave_out_video."""
     from transformers import AutoProcessor
     leave_out_video()
     return AutoProcessor.from_pretrained(path)
 
 def leave_out_video():
-    """Where torchvision is missing, let processors do without the video processor that needs it
-    (frames come as images); what they save has one of no settings and loads anywhere."""
+    """Let processors do without torchvision, which only their video processor needs."""
     from transformers import ProcessorMixin, utils
     stock = ProcessorMixin.get_attributes.__func__
     if not utils.is_torchvision_available() and stock.__name__ == "get_attributes":
@@ -492,11 +520,10 @@ def leave_out_video():
             {"video_processor": {}} if "video_processor" in stock(type(self)) else {})
 
 class ServerJudge:
-    """OpenAI-compatible servers: ServerJudge(["http://localhost:8000", ...]). ValueError when none
-    answers. `concurrency` requests are in flight, spread over the URLs, with temperature 0 and a
-    seed, since servers otherwise sample. A request that takes `timeout` seconds, breaks off or gets
-    a status of 408, 429 or 5xx is tried `retries` times more, at the next URL, after a growing
-    pause; then the answer is a Failure. Further fields of a request go into `body`."""
+    """OpenAI-compatible servers: ServerJudge(["http://localhost:8000", ...]). ValueError: none
+    answers. `concurrency` requests are in flight. One that takes `timeout` seconds or gets a status
+    of 408, 429 or 5xx is tried `retries` times more, at the next URL; then the answer is a
+    Failure."""
     def __init__(self, urls, model=None, template=None, score_template=None, concurrency=32,
                  timeout=300.0, retries=4, max_new_tokens=None, seed=0):
         self.urls = [re.sub(r"(/v1)?(/chat/completions)?/*$", "", url) for url in urls]
@@ -512,11 +539,10 @@ class ServerJudge:
             raise ValueError(f"no judge answers: {model}. Start one: vllm serve MODEL --port 8000")
         self.body = {"model": model, "max_tokens": max_new_tokens or 2048, "seed": seed}
 
-    def __call__(self, questions, temperature=0.0, progress=False):
+    def __call__(self, questions, temperature=0.0):
         """Texts or Failures, in order."""
         jobs = [(i, question, temperature) for i, question in enumerate(questions)]
-        answers = run_in_threads(self.ask, jobs, self.concurrency)
-        return [answer.result() for answer in tqdm(answers, desc="judge", disable=not progress)]
+        return [answer.result() for answer in run_in_threads(self.ask, jobs, self.concurrency)]
 
     def ask(self, number, question, temperature):
         messages, images = build_messages(question, self.templates[type(question)])
@@ -537,28 +563,24 @@ class ServerJudge:
             if attempt > 0:
                 time.sleep(min(0.125 * 2 ** attempt, 8))
             url = self.urls[(number + attempt) % len(self.urls)]
-            reason = url
             request = urllib.request.Request(url + endpoint, body, headers)
             try:            # in a thread of its own, left behind when the server drips or hangs
                 status, data = run_in_threads(fetch, [(request, timeout)], 1)[0].result(timeout)
-                reason = f"{url}: HTTP {status}: {data[:300].decode(errors='replace')}"
-                if status in (408, 429) or status >= 500:
-                    continue
-                answer = json.loads(data)
-                for key in keys:
-                    answer = answer[key]
-                if not isinstance(answer, str):
-                    raise TypeError(type(answer))
-                return answer
-            except (OSError, HTTPException) as error:
-                reason = f"{url}: no whole answer within {timeout:g} s: {error!r}"
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
-                return Failure(f"{reason} is not a chat completion or holds no text ({error!r})")
-        return Failure(f"{reason} (after {self.retries + 1} tries)")
+                reason = f"HTTP {status}: {data[:300].decode(errors='replace')}"
+                if status == 200:
+                    answer = json.loads(data)
+                    for key in keys:
+                        answer = answer[key]
+                    return answer + ""                  # TypeError: it is no text
+                if status not in (408, 429) and status < 500:
+                    break
+            except (OSError, HTTPException, ValueError, LookupError, TypeError,
+                    RecursionError) as error:
+                reason = f"no whole answer with a text within {timeout:g} s ({error!r})"
+        return Failure(f"{url}: {reason}, after {attempt + 1} tries")
 
 def run_in_threads(function, jobs, num_threads):
-    """[Future of function(*job) for job in jobs], which so many threads work off in order. They are
-    daemons: Ctrl-C does not wait for them."""
+    """[Future of function(*job), ...], worked off by daemons: Ctrl-C does not wait for them."""
     futures = [Future() for _ in jobs]
     waiting = iter(list(zip(futures, jobs)))            # the threads share it
 
@@ -588,9 +610,24 @@ def data_url(image):
     image.convert("RGB").save(file, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
+def ask(judge, questions, **options):
+    """The judge's texts. ValueError: it answers none of the questions."""
+    texts = judge(questions, **options)
+    if texts and all(isinstance(text, Failure) for text in texts):
+        raise ValueError(f"none of {len(texts)} questions is answered: {texts[0]}")
+    return texts
+
+def compare_groups(judge, groups, schedule):
+    """[verdicts, ...] of groups [(prompt, media, source), ...] on the pairs that `schedule` has for
+    each; all are asked at once."""
+    questions = []
+    for (prompt, media, source), pairs in zip(groups, schedule):
+        questions += [Comparison(prompt, media[i], media[j], source) for i, j in pairs]
+    verdicts = iter([parse_verdict(text) for text in judge(questions)])
+    return [list(islice(verdicts, len(pairs))) for pairs in schedule]
+
 def load_function(name):
-    """The function of "FILE.py:function", None where the name is not of that form. ValueError: the
-    file does not define it."""
+    """The function of "FILE.py:function"; None: no such name. ValueError: not in the file."""
     path, _, function_name = name.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         return None
@@ -600,15 +637,16 @@ def load_function(name):
     return function
 
 def load_judge(name, **options):
-    """A judge by name: FILE.py:function (from questions to texts), a folder, a hub id, or URLs
-    joined by commas, with #MODEL behind them where the servers have several. Options: template,
-    score_template, max_new_tokens."""
+    """A judge by name: FILE.py:function (questions -> texts), a folder, a hub id, or URLs joined by
+    commas, which may be followed by #MODEL, and by #JSON with more fields of a request."""
     function = load_function(name)
     if function:
         return lambda questions, **_: function(questions)
     if re.match("https?://", name):
-        urls, _, model = name.partition("#")
-        return ServerJudge(urls.split(","), model, **options)
+        urls, model, body = (name.split("#", 2) + ["", ""])[:3]
+        judge = ServerJudge(urls.split(","), model, **options)
+        judge.body |= json.loads(body or "{}")
+        return judge
     if name.startswith("out/") and not Path(name).exists():
         raise ValueError(f"no judge in {name}: train one by sft.py and dpo.py, or pass --judge")
     return LocalJudge(name, **options)
@@ -617,29 +655,26 @@ def load_judge(name, **options):
 OUTCOME = {1: "1 wins", 2: "2 wins", 0: "tie", None: "undecided"}
 STYLE = """\
 body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto} img{height:200px}
-h1{font-size:1.3em} pre{white-space:pre-wrap} .won{background:#d9f0df}
-figure{display:inline-block;margin:.4em 1em .4em 0;padding:.3em} figcaption{font-weight:600}"""
+pre{white-space:pre-wrap} figure{display:inline-block;margin:.4em} .won{background:#d9f0df}"""
 
 def format_verdict(verdict, prompt):
-    """The verdict as a tree: categories, sub-dimensions with both scores, a bar for the points of
-    the first, and reasons, winners, issues."""
+    """The verdict as a tree; a sub-dimension has a bar for the points of the first candidate."""
     lines = [f"prompt: {prompt}"]
     for category in verdict.categories:
         added = "" if category.anchor else "  (added by the judge)"
         lines.append(f"├─ {category.name}: {OUTCOME[category.winner]}{added}")
         for criterion in category.criteria:
-            first, second = [
-                "?" if x is None else f"{x:g}" for x in (criterion.score_1, criterion.score_2)]
+            scores = [criterion.score_1, criterion.score_2]
+            points = " : ".join("?" if score is None else f"{score:g}" for score in scores)
             bar = "█" * round(10 * (criterion.score_1 or 0) / (criterion.total() or 10))
-            lines += [f"│  ├─ {criterion.name}  {first} : {second}  {bar:░<10}",
+            lines += [f"│  ├─ {criterion.name}  {points}  {bar:░<10}",
                       f"│  │    1: {criterion.reason_1}", f"│  │    2: {criterion.reason_2}"]
         lines.append(f"│  └─ {category.reason}")
     lines.append(f"└─ overall: {OUTCOME[verdict.winner]}. {verdict.reason}")
     return "\n".join(lines + [f"   ! {issue}" for issue in verdict.issues])
 
 def report_html(title, figures, text=""):
-    """A whole page that needs no network: the title, a figure for each (caption, images, whether it
-    won), then the text as it is."""
+    """A page that needs no network: a figure for each (caption, images, did it win), the text."""
     title = html.escape(title)
     parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
              f"<style>{STYLE}</style><h1>{title}</h1>"]
@@ -656,13 +691,11 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("items", nargs="+", metavar="ITEM", help="images, GIFs, videos or folders of frames")
     add("--prompt", required=True, help="the text that the candidates were generated from")
-    add("--judge", default="out/judge-dpo/model",
-        help="folder, hub id, URLs joined by commas or FILE.py:function")
+    add("--judge", default="out/judge-dpo/model", help="folder, hub id, URLs or FILE.py:function")
     add("--template", help="file with the judge's instruction, holding {prompt}  [the judge's own]")
     add("--max-new-tokens", type=int, help="longest verdict  [what the judge's folder says, 2048]")
     add("--pairs", default="all", help="all, or ring:K: each item meets its next K on a ring")
-    add("--alpha", type=float, default=0.7, help="weight of the category against the overall side")
-    add("--seed", type=int, default=0, help="of the order in which the items of a group are shown")
+    add("--source", help="the image that the prompt asks to edit or animate")
     add("--score", action="store_true", help="score each item by itself")
     add("--html", help="write a report of the verdicts to this file")
     return parser.parse_args(argv)
@@ -679,26 +712,24 @@ def main(argv=None):
         template = Path(args.template).read_text(encoding="utf-8") if args.template else None
         judge = load_judge(args.judge, template=template, score_template=template,
                            max_new_tokens=args.max_new_tokens)
+        source = load_media(args.source) if args.source else []
         if args.score:
-            for item, text in zip(args.items, judge([Candidate(args.prompt, x) for x in media])):
+            questions = [Candidate(args.prompt, frames, source) for frames in media]
+            for item, text in zip(args.items, judge(questions)):
                 print(f"{item}: {parse_score(text)}\n{text}\n")
         else:
-            compare(args, judge, media)
+            compare(args, judge, media, source)
     except (ValueError, OSError) as error:
         raise SystemExit(f"reward.py: {error}") from error
 
-def compare(args, judge, media):
-    """Print the verdict on two items as they are given, or the order of a group whose pairs are
-    shown in random orders; --html writes both with all verdicts."""
+def compare(args, judge, media, source):
+    """Print the verdict on two items, or the order of a group; --html writes all verdicts."""
     pairs = [(0, 1)]
     if len(media) != 2:
-        pairs = sample_pairs(len(media), args.pairs, random.Random(args.seed))
-    answers = judge([Comparison(args.prompt, media[i], media[j]) for i, j in pairs], progress=True)
-    if all(isinstance(answer, Failure) for answer in answers):
-        raise ValueError(f"the judge answered nothing: {answers[0]}")
-    verdicts = [parse_verdict(answer) for answer in answers]
+        pairs = sample_pairs(len(media), args.pairs, random.Random(0))
+    [verdicts] = compare_groups(partial(ask, judge), [(args.prompt, media, source)], [pairs])
     rates = win_rates(pairs, verdicts, len(media))
-    advantages = group_advantages(rates, args.alpha)
+    advantages = group_advantages(rates)
     columns = {"win rate": rates.overall, **rates.anchors, "advantage": advantages}
     width = max(len(item) for item in args.items)
     lines = [f"{'item':{width}}" + "".join(f"{name:>11}" for name in columns)]
@@ -707,8 +738,7 @@ def compare(args, judge, media):
         cells = [f"{values[i].item():11.3f}" for values in columns.values()]
         lines.append(f"{args.items[i]:{width}}{''.join(cells)}")
         figures.append((args.items[i], media[i], not figures and advantages[i] > 0))
-    lines.append(f"{len(pairs)} pairs, {rates.num_ties} ties, {rates.num_undecided} undecided, "
-                 f"{rates.first_position_wins} first position wins")
+    lines.append(", ".join(f"{number} {name}" for name, number in rates.counts.items()))
     table = "\n".join(lines)
     print(table if len(media) > 2 else format_verdict(verdicts[0], args.prompt))
     if args.html:

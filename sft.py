@@ -6,12 +6,11 @@
     torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data traces.jsonl \\
         --eval-data pairs.jsonl --optim adamw --lr 2.5e-6 --batch-size 1 --accumulation 4 --fsdp
 
-The file opens with the stage. What all stages share lies after main(): the toolbox (ranks, LoRA,
-optimizers, checkpoints, log), which dpo.py and grpo.py import.
+After the stage comes the toolbox that all stages share: ranks, LoRA, optimizers, checkpoints, log.
 Shapes: B records, T tokens, N response tokens, V vocabulary, H hidden size; (...) latents.
 """
-import argparse, contextlib, functools, json, math, os, re, resource, shutil, subprocess, time
-import warnings
+import argparse, contextlib, fcntl, functools, hashlib, json, math, os, platform, re, resource
+import shutil, subprocess, time, warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from einops import rearrange
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -29,13 +29,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import (
     FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from data import (as_question, batch_indices, denoisers, encode, encode_records, evaluate_judge,
-                  load_pipeline, predict, prediction_type, read_records, sample_media,
-                  seeded_generator, seeded_noise, unguided)
-from reward import (Candidate, Comparison, LocalJudge, format_verdict, load_function, load_media,
-                    parse_score, report_html)
+from data import (StopPipeline, batch_indices, denoisers, encode, encode_records,
+                  evaluate_judge, load_pipeline, predict, prediction_type, read_records,
+                  report_long_prompts, run_pipeline, sample_media, seeded_generator, seeded_noise,
+                  unguided)
+from reward import (Candidate, Comparison, LocalJudge, load_function, load_media, parse_score,
+                    report_html)
 
 DEFAULTS = {
     "judge": {
@@ -46,39 +46,18 @@ DEFAULTS = {
         "eval_data": "out/toy/prompts_test.txt", "lr": 4e-3, "max_steps": 750, "batch_size": 128}}
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    parser = stage_parser(__doc__)          # what all stages share
+    add = parser.add_argument
     add("--task", choices=["judge", "generator"], default="judge", help="what is trained")
-    add("--model", help="folder or hub id to start from  [out/toy/judge, out/toy/generator]")
-    add("--template", help="file with the judge's instruction, holding {prompt}  [the model's own]")
-    add("--data", help="JSONL of traces (judge) or of captioned images (generator)")
-    add("--eval-data", help="held-out pairs (judge) or prompts (generator)")
-    add("--watch", default="tests/toy_oracle.py:true", help="measures held-out samples, or none")
-    add("--pipe-args", type=json.loads, default={}, help='of its call, as {"height": 512}')
     add("--sigma-mean", type=float, default=1.5, help="noise levels are sigmoid(N(this, 1))")
-    add("--lora-rank", type=int, default=0, help="0: the weights themselves are trained")
-    add("--targets", help="regex: the linear layers with adapters  [all in the blocks]")
     add("--optim", choices=["adamw", "muon"], default="muon")
-    add("--lr", type=float, help="peak learning rate  [judge 2e-3, generator 4e-3]")
-    add("--warmup-steps", type=int, default=60)
-    add("--max-steps", type=int, help="optimizer steps  [judge 1200, generator 750]")
-    add("--batch-size", type=int, help="records per rank and micro-step  [judge 16, generator 128]")
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
-    add("--bf16", action=flag, default=has_bf16(), help="compute in bfloat16, train in float32")
-    add("--fsdp", action=flag, default=False, help="shard the model across ranks (FSDP2)")
-    add("--grad-ckpt", action=flag, default=False, help="activation checkpointing")
-    add("--seed", type=int, default=0)
-    add("--out", help="run folder  [out/judge-sft, out/generator-sft]")
-    add("--save-every", type=int, default=200, help="steps between checkpoints")
-    add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
     parser.set_defaults(**DEFAULTS[parser.parse_known_args(argv)[0].task])
     return parser.parse_args(argv)
 
 # ---------- The judge: cross-entropy on the response
 def response_loss(model, batch):
-    """Cross-entropy (nats) summed over the response tokens of a batch of `encode`. Only they go
-    through the output layer: the logits (B, T, V) never exist at once."""
+    """Cross-entropy (nats) summed over the response tokens of a batch of `encode`."""
     hidden, labels = response_states(model, batch)
     is_response = labels != -100
     return -token_logps(model, hidden[is_response], labels[is_response]).sum()
@@ -94,7 +73,7 @@ def main(argv=None):
     model = judge.model
     prepare_training(model, args, device)
     optimizers = make_optimizers(model, args.optim)
-    start = load_checkpoint(args, model, optimizers) if args.resume else 0
+    start = load_checkpoint(args, model, optimizers)
 
     # data: the order is a function of (seed, step) alone, so that resuming needs no loader state
     records = read_records(args.data, "trace")
@@ -117,11 +96,9 @@ def main(argv=None):
                 loss = call_sharded(model, response_loss, batch) / num_tokens
             loss.backward()
             loss_sum += loss.item()
-        lr = learning_rate(step, args)
-        grad_norm = optimizer_step(model, optimizers, lr)
-
-        row = sum_over_ranks({"loss": loss_sum})
-        log_row(args, step, {**row, "lr": lr, "grad_norm": grad_norm, "num_tokens": num_tokens})
+        row = optimizer_step(model, optimizers, step, args)
+        row.update(sum_over_ranks({"loss": loss_sum}), num_tokens=num_tokens)
+        log_row(args, step, row)
         save_checkpoint(args, step, model, optimizers)
 
     save_judge(args, judge)
@@ -129,9 +106,8 @@ def main(argv=None):
 
 # ---------- The generator: denoising
 def add_noise(pipe, x0, args, step, indices):
-    """(x, t, target): clean latents x0 (B, ...) at random noise levels, their timesteps (B,), and
-    what the denoiser should predict there, for flow matching the velocity noise - x0 (arXiv
-    2210.02747). Noise and level are functions of (seed, step, index), whatever rank asks."""
+    """(x, t, target) for clean latents x0 (B, ...): the latents at random noise levels, which are
+    functions of (seed, step, index), their timesteps (B,), and what the denoiser should predict."""
     kind = prediction_type(pipe)
     num_timesteps = pipe.scheduler.config.num_train_timesteps
     noise = torch.stack([seeded_noise(x0.shape[1:], args.seed, step, i) for i in indices])
@@ -154,16 +130,16 @@ def add_noise(pipe, x0, args, step, indices):
 
 def train_generator(args, device):
     # model
-    pipe = load_pipeline(args.model, device, weights_dtype(args, device), fsdp=args.fsdp)
-    policy = denoisers(pipe)
-    call = {**pipe.call_args, **args.pipe_args}
+    pipe, policy, call = load_generator(args, device)
     prepare_training(policy, args, device)
     optimizers = make_optimizers(policy, args.optim)
-    start = load_checkpoint(args, policy, optimizers) if args.resume else 0
+    start = load_checkpoint(args, policy, optimizers)
 
     # data: latents are encoded once, before training
     records = read_records(args.data, "image")
-    latents = encode_records(pipe, records, call)                               # (N, ...)
+    dry_run(pipe, records, args, call)
+    encode_share = functools.partial(encode_records, pipe, call=call)
+    latents = torch.stack(split_over_ranks(encode_share, records))                    # (N, ...)
     per_step = args.batch_size * args.accumulation * get_world_size()
     start_log(args, policy, f"{len(records)} images, {per_step} a step")
 
@@ -180,34 +156,74 @@ def train_generator(args, device):
             loss = errors.sum() / per_step
             loss.backward()
             loss_sum += loss.item()
-        lr = learning_rate(step, args)
-        grad_norm = optimizer_step(policy, optimizers, lr)
-
-        row = sum_over_ranks({"loss": loss_sum})
-        log_row(args, step, {**row, "lr": lr, "grad_norm": grad_norm})
+        row = optimizer_step(policy, optimizers, step, args)
+        row.update(sum_over_ranks({"loss": loss_sum}))
+        log_row(args, step, row)
         save_checkpoint(args, step, policy, optimizers)
 
     save_generator(args, pipe, call)
     finish_log(args, {"after": evaluate_samples(pipe, args, call)[1]})
 
-# ========== Toolbox: what every stage needs and nobody tweaks per stage. First the ranks.
+# ========== Toolbox: what every stage needs and nobody tweaks per stage
+def stage_parser(description):
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--model", help="folder or hub id to start from  [%(default)s]")
+    add("--template", help="file with the judge's instruction, holding {prompt}  [the judge's own]")
+    add("--data", help="what is trained on, see above  [%(default)s]")
+    add("--eval-data", help="held-out pairs (judge) or prompts (generator)  [%(default)s]")
+    add("--watch", default="tests/toy_oracle.py:true", help="measures held-out samples, or none")
+    add("--pipe-args", type=json.loads, default={}, help='{"height": 512, ...}: media are cropped')
+    add("--lora-rank", type=int, default=0, help="0: the weights themselves train  [%(default)s]")
+    add("--targets", help="regex: the linear layers with adapters  [all in the blocks]")
+    add("--lr", type=float, help="peak learning rate  [%(default)s]")
+    add("--warmup-steps", type=int, default=60)
+    add("--max-steps", type=int, help="optimizer steps  [%(default)s]")
+    add("--batch-size", type=int, help="records or samples per rank at a time  [%(default)s]")
+    add("--bf16", action=flag, default=has_bf16(), help="compute in bfloat16, train in float32")
+    add("--fsdp", action=flag, default=False, help="shard the model across ranks (FSDP2)")
+    add("--grad-ckpt", action=flag, default=False, help="activation checkpointing")
+    add("--seed", type=int, default=0)
+    add("--out", help="run folder  [%(default)s]")
+    add("--save-every", type=int, default=50, help="steps between checkpoints")
+    add("--resume", action=flag, default=False, help="continue from the newest checkpoint in --out")
+    return parser
+
+# ---------- ranks
 def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 def get_world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
+LOCKS = {}                                           # {run folder: its open lock}
+
+def lock_folder(out):
+    """Keep a second run out of the folder while this process lives. SystemExit: one is there."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    LOCKS.pop(out, None)
+    LOCKS[out] = lock = open(Path(out, "lock"), "a+")
+    lock.seek(0)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"--out {out} is in use by {lock.read()}: pass another") from None
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=lock, flush=True)
+
 def setup_distributed(args):
-    """This rank's device, in torchrun's process group or alone. SystemExit: inputs are missing."""
+    """This rank's device. SystemExit: inputs are missing, or another run has this --out."""
     for path in (args.model, args.data, args.eval_data):
         if path.startswith("out/") and not Path(path).exists():
-            raise SystemExit(f"{path} is not there yet. The toy stages run in this order: python "
-                             "tests/toy.py, sft.py, dpo.py, sft.py --task generator, grpo.py")
+            raise SystemExit(f"{path} is not there yet. Run in this order: tests/toy.py, sft.py, "
+                             "dpo.py, sft.py --task generator, grpo.py")
+    if int(os.environ.get("RANK", 0)) == 0:
+        lock_folder(args.out)
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    for notice in ("`torch_dtype` is deprecated", "torch.distributed is", "Mismatch dtype between"):
-        warnings.filterwarnings("ignore", notice)
+    warnings.filterwarnings("ignore", "`torch_dtype` is|torch.distributed is|Mismatch dtype")
     torch.set_flush_denormal(True)                   # denormal numbers slow a CPU down
     torch.manual_seed(args.seed)
     device = torch.device("cpu")
@@ -220,15 +236,14 @@ def setup_distributed(args):
     return device
 
 def gather_list(items):
-    """The lists of all ranks, concatenated in the order of the ranks. Also a barrier."""
+    """The lists of all ranks as one, in the order of the ranks. Also a barrier."""
     parts = [list(items)] * get_world_size()
     if dist.is_initialized():
         dist.all_gather_object(parts, list(items))
     return sum(parts, [])
 
 def split_over_ranks(function, items):
-    """The list function(items), of which every rank computes an equal share and gets all.
-    Shares are filled up by repetition, as sharded models must be called equally often."""
+    """The list function(items), shared by the ranks; equal shares, as sharded models need."""
     world_size = get_world_size()
     num_rounds = math.ceil(len(items) / world_size)
     mine = [items[(i * world_size + get_rank()) % len(items)] for i in range(num_rounds)]
@@ -236,7 +251,7 @@ def split_over_ranks(function, items):
     return [results[i % world_size * num_rounds + i // world_size] for i in range(len(items))]
 
 def sum_over_ranks(numbers):
-    """{name: sum over the ranks}, with one all-reduce; all ranks give the same names."""
+    """{name: sum over the ranks}; all ranks give the same names."""
     if not dist.is_initialized():
         return numbers
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -245,7 +260,6 @@ def sum_over_ranks(numbers):
     return dict(zip(numbers, values.tolist()))
 
 def micro_batches(indices, batch_size):
-    """This rank's share of a global batch, `batch_size` at a time."""
     mine = indices[get_rank()::get_world_size()]
     return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
 
@@ -280,25 +294,22 @@ def shard_model(model, args, device):
 
 def call_sharded(model, function, *inputs):
     """function(model, *inputs) as one forward pass: FSDP gathers embeddings and head for it."""
-    if isinstance(model, FSDPModule):
-        return model.call(function, *inputs)
-    return function(model, *inputs)
+    is_sharded = isinstance(model, FSDPModule)
+    return model.call(function, *inputs) if is_sharded else function(model, *inputs)
 
 def trainable(policy):
     return [p for p in policy.parameters() if p.requires_grad]
 
 def prepare_training(policy, args, device):
-    """Choose what trains, set up activation checkpointing, shard. A generator's policy is an
-    nn.ModuleDict of its denoisers."""
+    """Add adapters, set up activation checkpointing, shard: a model or a dict of denoisers."""
     if args.lora_rank:
         add_lora(policy, args.lora_rank, args.targets)
     elif args.targets:
         raise ValueError("--targets chooses the layers with adapters: pass --lora-rank")
-    is_noised = "sigma_mean" in args                 # by add_noise; grpo.py's ranks go in step
-    if args.fsdp and is_noised and isinstance(policy, nn.ModuleDict) and len(policy) > 1:
-        raise ValueError("--fsdp: ranks at different noise levels would gather the shards of "
-                         "different experts. Train without it")
-    for model in policy.values() if isinstance(policy, nn.ModuleDict) else [policy]:
+    models = policy.values() if isinstance(policy, nn.ModuleDict) else [policy]
+    if args.fsdp and len(models) > 1 and "sigma_mean" in args:      # grpo.py's ranks go in step
+        raise ValueError("--fsdp: ranks at other noise levels would gather other experts' shards")
+    for model in models:
         if args.grad_ckpt and hasattr(model, "gradient_checkpointing_enable"):  # transformers
             model.gradient_checkpointing_enable({"use_reentrant": False})
         elif args.grad_ckpt:                                                    # diffusers
@@ -306,7 +317,6 @@ def prepare_training(policy, args, device):
         shard_model(model.train(), args, device)
 
 def has_bf16():
-    """Whether this machine multiplies in bfloat16 natively."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
@@ -323,9 +333,9 @@ def autocast(args, device):
 # ---------- the judge
 def load_trained_judge(args, device):
     """The LocalJudge that is trained, its weights on the CPU where they are to be sharded."""
-    template = getattr(args, "template", None)
-    judge = LocalJudge(args.model, template=template and Path(template).read_text(),
-                       device="cpu" if args.fsdp else device, dtype=weights_dtype(args, device))
+    template = args.template and Path(args.template).read_text(encoding="utf-8")
+    judge = LocalJudge(args.model, template=template, device="cpu" if args.fsdp else device,
+                       dtype=weights_dtype(args, device))
     judge.model.set_attn_implementation("sdpa" if device.type == "cuda" else "eager")
     return judge
 
@@ -342,9 +352,38 @@ def response_states(model, batch):
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     return hidden[:, :-1], labels[:, 1:]             # position t predicts token t + 1
 
+class TokenLogps(torch.autograd.Function):
+    """token_logps for a weight (V, H). Logits are made for `size` tokens at a time, and again in
+    backward; autograd under checkpoint() takes 1.4 times as long for it."""
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, size):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.size = size
+        head = weight.to(hidden.dtype)
+        logps = []
+        for h, target in zip(hidden.split(size), targets.split(size)):
+            logits = (h @ head.T).float()                                       # (chunk, V)
+            logps.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets = ctx.saved_tensors
+        head = weight.to(hidden.dtype)
+        hidden_grads = []
+        trains = ctx.needs_input_grad[1]
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if trains else None
+        for h, target, g in zip(*[x.split(ctx.size) for x in (hidden, targets, grad)]):
+            logits_grad = (h @ head.T).float().softmax(1)
+            logits_grad[range(len(target)), target] -= 1
+            logits_grad = logits_grad.mul_(-g[:, None]).to(h.dtype)
+            hidden_grads.append(logits_grad @ head)
+            if trains:
+                weight_grad += logits_grad.T @ h
+        return torch.cat(hidden_grads), weight_grad, None, None
+
 def token_logps(model, hidden, targets):
-    """(N,) log-probabilities (nats, float32) of the tokens `targets` (N,), from the hidden states
-    (N, H) before them. Logits are made a chunk of tokens at a time, and once more in backward."""
+    """(N,) log-probabilities (nats, float32) of `targets` from the hidden states (N, H)."""
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
@@ -352,28 +391,22 @@ def token_logps(model, hidden, targets):
             raise ValueError(f"{type(model).__name__} rescales its logits by {name}: not supported")
     if type(head) is not nn.Linear or head.bias is not None:
         raise ValueError(f"the output layer is {head}; expected nn.Linear, no bias, no adapter")
-    chunk = max(1, 3 * 2 ** 23 // head.out_features)     # 96 MiB of logits
-
-    def chunk_logps(hidden, targets):
-        return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
-    logps = [checkpoint(chunk_logps, h, t, use_reentrant=False)
-             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    return torch.cat(logps)
+    device = hidden.device.type
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(device) else head.weight.dtype
+    with torch.autocast(device, enabled=False):
+        size = max(1, 2 ** 25 // head.out_features)         # 128 MiB of logits
+        return TokenLogps.apply(hidden.to(dtype), head.weight, targets, size)
 
 def evaluate_folder(folder, args, device):
-    """{name: number} of a judge on the pairs of --eval-data, which the ranks share. The page
-    args.out/verdict.html shows its first verdict beside the two images."""
+    """{name: number} of a judge on the pairs of --eval-data; its first verdict is printed."""
     ask = functools.partial(split_over_ranks, LocalJudge(folder, device=device))
-    numbers, (pair, swap, verdict) = evaluate_judge(ask, read_records(args.eval_data, "pair"))
-    question = as_question(pair, swap)
-    figures = [("1", question.media_1, verdict.winner == 1),
-               ("2", question.media_2, verdict.winner == 2)]
-    write_html(args, "verdict.html", "verdict", figures, format_verdict(verdict, question.prompt))
+    numbers, verdict = evaluate_judge(ask, read_records(args.eval_data, "pair"))
+    if get_rank() == 0:
+        print(verdict, flush=True)
     return numbers
 
 def save_judge(args, judge):
-    """Write args.out/model, a folder for from_pretrained and servers with the wording of the
-    questions beside the weights, and args.out/adapter, if there is one. All ranks call it."""
+    """Write args.out/model, with the wording of the questions, and args.out/adapter, if any."""
     folder = Path(args.out, "model")
     save_adapter(args, judge.model, "base_model.model.", "adapter_model.safetensors")
     save_merged(judge.model, folder)
@@ -385,6 +418,11 @@ def save_judge(args, judge):
     gather_list([])                                  # wait until the files are there
 
 # ---------- the generator
+def load_generator(args, device):
+    """(the pipeline, a dict of its denoisers, the arguments of its call)"""
+    pipe = load_pipeline(args.model, device, weights_dtype(args, device), fsdp=args.fsdp)
+    return pipe, denoisers(pipe), {**pipe.call_args, **args.pipe_args}
+
 @dataclass
 class Reward:
     weight: float
@@ -392,8 +430,8 @@ class Reward:
     function: object        # function(media, prompts) -> B numbers; None for "flex", by comparisons
 
 def load_rewards(text, judge=None):
-    """[Reward, ...] of "flex:0.7,FILE.py:function:0.3". Names: flex, the verdicts on pairs; score,
-    the judge's pointwise scores; FILE.py:function; none. Weights default to 1."""
+    """[Reward, ...] of "flex:0.7,FILE.py:function:0.3": flex, verdicts on pairs; score, the judge's
+    pointwise scores; FILE.py:function; none. Weights default to 1."""
     def scores(media, prompts):
         questions = [Candidate(p, load_media(frames)) for p, frames in zip(prompts, media)]
         values = [parse_score(text) for text in judge(questions)]
@@ -403,29 +441,65 @@ def load_rewards(text, judge=None):
         name, weight = re.fullmatch(r"(.*?)(?::(-?\d*\.?\d+))?", part.strip()).groups()
         function = {"flex": None, "score": scores}.get(name) or load_function(name)
         if function is None and name != "flex":
-            raise ValueError(f"reward '{name}' is unknown; expected flex, score or "
-                             "FILE.py:function, and a weight as in flex:0.7")
+            raise ValueError(f"reward '{name}': pass flex, score or FILE.py:function, as flex:0.7")
         rewards.append(Reward(float(weight or 1), name, function))
     return rewards
 
 def reward_values(reward, media, prompts):
-    """{name: (B,) tensor} of a Reward's function, NaN for a missing value: its name and one number
-    an item, or what it names if it returns {name: numbers}. ValueError: something else."""
+    """{name: (B,) tensor} of a Reward's function; ValueError: not a number for each item."""
     values = reward.function(media, prompts)
-    columns = dict(values) if isinstance(values, dict) else {reward.name: values}
+    columns = values if isinstance(values, dict) else {reward.name: values}
+    tensors = {}
     for name, column in columns.items():
         try:
-            columns[name] = torch.as_tensor(column, dtype=torch.float32).cpu()
+            tensors[name] = torch.as_tensor(column, dtype=torch.float32).cpu()
         except (TypeError, ValueError, RuntimeError):
-            columns[name] = torch.zeros(0)
-        if columns[name].shape != (len(media),) or columns[name].isinf().any():
+            tensors[name] = torch.zeros(0)
+        if tensors[name].shape != (len(media),) or tensors[name].isinf().any():
             raise ValueError(f"reward {name} returned {str(column)[:500]} for {len(media)} items; "
                              "expected one finite number (or NaN) for each")
-    return columns
+    return tensors
+
+def dry_run(pipe, records, args, call):
+    """Predict for two prompts at two noise levels, and one by one if that is something else.
+    ValueError: a flow's denoiser is told other times than 1000 sigma."""
+    report_long_prompts(pipe, records, call)
+    if "source" in records[0]:
+        raise ValueError("with a source image generators are trained by grpo.py alone")
+    lengths = sorted([record["prompt"] for record in records], key=len)
+    prompts = [lengths[0], lengths[-1]]
+    call = unguided(pipe, call)
+    seen = []
+
+    def step_fn(i, x, v):
+        seen.extend([x, pipe.scheduler.timesteps, getattr(pipe.scheduler, "sigmas", None)])
+        raise StopPipeline
+    with autocast(args, pipe.device):
+        run_pipeline(pipe, step_fn, generator=seeded_generator(0), prompt=prompts, **call)
+        x, times, sigmas = seen
+        x = x if len(x) == 2 else rearrange(x, "(b f) c h w -> b c f h w", b=2)
+        t = times[[0, -1]]
+        one = [predict(pipe, x[i:i + 1], t[i], prompt=prompts[i:i + 1], **call) for i in range(2)]
+        tolerance = (0.05 if args.bf16 else 1e-3) * one[0].norm()
+        with torch.no_grad():
+            again = predict(pipe, x[:1], t[0], prompt=prompts[:1], **call)
+            try:
+                error = predict(pipe, x, t, prompt=prompts, **call) - torch.cat(one)
+                pipe.one_by_one |= not error.norm() <= tolerance
+            except (TypeError, ValueError, RuntimeError):
+                pipe.one_by_one = True
+    if not (again - one[0]).norm() <= tolerance:
+        raise ValueError("the denoiser predicts something else with gradients: omit --grad-ckpt")
+    if pipe.one_by_one and get_rank() == 0:
+        print("a call takes one noise level: samples are trained on one by one", flush=True)
+    name = type(pipe).__name__
+    scale = pipe.scheduler.config.num_train_timesteps
+    is_flow = prediction_type(pipe) == "flow"
+    if is_flow and (sigmas[0] > 1 or (times.cpu() - scale * sigmas[:-1].cpu()).abs().max() > 1):
+        raise ValueError(f"{name} tells its denoiser other times than 1000 sigma, {scale * sigmas}")
 
 def evaluate_samples(pipe, args, call, before=None, num=None):
-    """(media, {name: mean}) of samples for the first `num` prompts of --eval-data, by default all,
-    measured by --watch. The page shows 32 of them, each after its sample in `before`."""
+    """(media, {name: mean}) of samples for --eval-data by --watch; a page shows 32 of them."""
     records = read_records(args.eval_data, "prompt")[:num]
     prompts = [record["prompt"] for record in records]
 
@@ -439,7 +513,9 @@ def evaluate_samples(pipe, args, call, before=None, num=None):
         if before:
             figures.append((f"before: {prompt}", before[i], False))
         figures.append(("after" if before else prompt, media[i], False))
-    write_html(args, "before_after.html" if before else "samples.html", "held out", figures)
+    if get_rank() == 0:
+        page = Path(args.out, "before_after.html" if before else "samples.html")
+        page.write_text(report_html("held out", figures), errors="replace")
     numbers = {}
     for reward in load_rewards(args.watch):
         for name, values in reward_values(reward, media, prompts).items():
@@ -447,8 +523,7 @@ def evaluate_samples(pipe, args, call, before=None, num=None):
     return media, numbers
 
 def save_generator(args, pipe, call):
-    """Write args.out/model, the pipeline's folder with the trained denoisers and the call's
-    arguments in it, and args.out/adapter in diffusers' layout. All ranks call it."""
+    """Write args.out/model, the pipeline's folder with the trained denoisers, and the adapter."""
     policy = denoisers(pipe)
     folder = Path(args.out, "model")
     save_adapter(args, policy, "", "pytorch_lora_weights.safetensors")
@@ -463,10 +538,11 @@ def save_generator(args, pipe, call):
 # ---------- LoRA
 class LoRALinear(nn.Module):
     """y = W x + B A x, W frozen; B = 0 at first, so y = W x (arXiv 2106.09685, alpha = rank)."""
+    enabled = True                                   # of all layers, see disable_lora
+
     def __init__(self, base, rank):
         super().__init__()
         self.base = base
-        self.enabled = True
         options = {"device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **options))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
@@ -487,36 +563,36 @@ class LoRALinear(nn.Module):
 NO_LORA = r"norm|modulation|adaln|(^|\.)(visual|vision_\w+|image_encoder)\."
 
 def add_lora(model, rank, targets=None):
-    """Freeze the model and put adapters on every nn.Linear whose full name matches `targets`, by
-    default on those of the repeated blocks but norms, modulation and vision encoders."""
+    """Freeze the model and put adapters on every nn.Linear whose name matches `targets`, by default
+    on those of the repeated blocks but norms, modulation and vision encoders."""
     model.requires_grad_(False)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     blocks = tuple(f"{name}." for name in repeated_blocks(model))
     names = [name for name in linear if name.startswith(blocks) and not re.search(NO_LORA, name)]
     if targets:
         names = [name for name in linear if re.search(targets, name)]
-    if not names:
-        raise ValueError(f"--targets {targets!r} matches none of {len(linear)} linear layers")
+    total = sum(p.numel() for block in repeated_blocks(model).values() for p in block.parameters())
+    reached = sum(model.get_submodule(name).weight.numel() for name in names)
+    share = reached / max(total, 1)
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank))
+    reach = f"LoRA on {len(names)} of {len(linear)} linear layers, {share:.0%} of block weights"
+    if not names or share < 0.3 and not targets:
+        raise ValueError(f"{reach}: choose others by --targets, a regex of their names")
     if get_rank() == 0:
-        print(f"LoRA on {len(names)} of {len(linear)} linear layers", flush=True)
+        print(reach, flush=True)
 
 def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 @contextlib.contextmanager
-def disable_lora(policy):
+def disable_lora():
     """The reference policy: the same model without its adapters."""
-    layers = lora_layers(policy).values()
-    assert layers, "disable_lora needs adapters"
-    for layer in layers:
-        layer.enabled = False
+    LoRALinear.enabled = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enabled = True
+        LoRALinear.enabled = True
 
 def save_adapter(args, policy, prefix, filename):
     """Write the adapters, if any, to args.out/adapter in the layout of PEFT or diffusers."""
@@ -550,8 +626,8 @@ def save_merged(model, folder):
 
 # ---------- optimization
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum with nearly orthogonal updates, by Newton-Schulz iterations, at the RMS of
-    AdamW's (arXiv 2502.16982). torch.optim.Muon takes bfloat16 also on CPUs that lack it."""
+    """Nesterov momentum, made nearly orthogonal by Newton-Schulz, at the RMS of AdamW's updates
+    (arXiv 2502.16982). torch.optim.Muon takes bfloat16 also on CPUs that lack it."""
     def __init__(self, params, weight_decay):
         super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay})
         self.dtype = torch.bfloat16 if has_bf16() else torch.float32
@@ -576,8 +652,7 @@ class Muon(torch.optim.Optimizer):
             p.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))
 
 def make_optimizers(policy, kind="adamw"):
-    """[AdamW]; with "muon" [Muon for the matrices of numbered blocks, AdamW for the rest].
-    optimizer_step sets the learning rate."""
+    """[AdamW]; with "muon" [Muon for the matrices of numbered blocks, AdamW for the rest]."""
     params = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if kind == "muon" and any(isinstance(p, DTensor) for p in params.values()):
         raise ValueError("Muon needs whole matrices and --fsdp shards them: pass --optim adamw")
@@ -596,16 +671,20 @@ def learning_rate(step, args):
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / args.max_steps)
     return args.lr * warmup * (0.02 + 0.98 * cosine)
 
-def optimizer_step(policy, optimizers, lr, max_norm=1.0):
-    """Sum gradients over ranks (FSDP has summed its own, which are DTensors), clip, step, zero;
-    returns the norm before clipping."""
+def optimizer_step(policy, optimizers, step, args):
+    """Sum gradients over ranks (FSDP has), clip their norm to 1, step, zero; returns the log's
+    row."""
+    lr = learning_rate(step, args)
     params = trainable(policy)
+    reached = sum(p.numel() for p in params if p.grad is not None) / sum(p.numel() for p in params)
+    if reached < 0.5:                                # of two experts one may be reached
+        raise RuntimeError(f"only {reached:.0%} of the weights that train get a gradient")
     for p in params if dist.is_initialized() else []:
         if not isinstance(p, DTensor):
             if p.grad is None:                       # unused on this rank; the others wait for it
                 p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad)
-    norm = nn.utils.clip_grad_norm_(params, max_norm)
+    norm = nn.utils.clip_grad_norm_(params, 1.0)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):
         raise RuntimeError(f"the gradient norm is {norm}: lower --lr, or look at the last batch")
@@ -614,7 +693,7 @@ def optimizer_step(policy, optimizers, lr, max_norm=1.0):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return norm
+    return {"lr": lr, "grad_norm": norm}
 
 # ---------- checkpoints and the log
 def training_state(policy, optimizers):
@@ -623,9 +702,8 @@ def training_state(policy, optimizers):
     return {"weights": weights, "optimizers": optimizer_state}
 
 def save_checkpoint(args, step, policy, optimizers):
-    """Write args.out/step_000123/ every --save-every steps, at the last step, and at the first, so
-    that a broken save fails early. It is renamed when whole: a kill at any moment leaves the ones
-    before. Every rank writes its shards. The last two are kept."""
+    """Write args.out/step_000123/ every --save-every steps, at the last, and at the first, so that
+    a broken save fails early. It is renamed when whole; the last two are kept."""
     num_steps = step + 1
     if num_steps not in (1, args.max_steps) and num_steps % args.save_every:
         return
@@ -635,22 +713,29 @@ def save_checkpoint(args, step, policy, optimizers):
     gather_list([])
     dcp.save(training_state(policy, optimizers), checkpoint_id=partial)
     if get_rank() == 0:
-        (partial / "args.json").write_text(json.dumps({**vars(args), "ranks": get_world_size()}))
+        (partial / "args.json").write_text(json.dumps(run_options(args)))
         partial.rename(Path(args.out, f"step_{num_steps:06d}"))
         for old in sorted(Path(args.out).glob("step_*"))[:-2]:
             shutil.rmtree(old)
     gather_list([])
 
+def run_options(args):
+    """What a resumed run has to share with the first: options, ranks and the records themselves."""
+    digest = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
+    return {**vars(args), "ranks": get_world_size(), "digest of --data": digest}
+
 def load_checkpoint(args, policy, optimizers):
-    """Restore the newest checkpoint in args.out and return its step, 0 where there is none.
-    ValueError: it was made with other options, or is damaged."""
+    """With --resume restore the newest checkpoint in args.out and return its step, 0 where there is
+    none. ValueError: it was made with other options or data, or is damaged."""
+    if not args.resume:
+        return 0
     newest = max(Path(args.out).glob("step_*"), default=None)
     if newest is None:
         print(f"--resume: no checkpoint in {args.out}, starting from the first step", flush=True)
         return 0
     saved = json.loads((newest / "args.json").read_text())
     changed = [f"{name} {saved.get(name)!r} -> {value!r}"
-               for name, value in {**vars(args), "ranks": get_world_size()}.items()
+               for name, value in run_options(args).items()
                if saved.get(name) != value and name not in ("resume", "out", "save_every")]
     if changed:
         raise ValueError(f"--resume: {newest} was made with other options: {', '.join(changed)}")
@@ -658,7 +743,7 @@ def load_checkpoint(args, policy, optimizers):
     try:
         dcp.load(state, checkpoint_id=newest)
     except dcp.api.CheckpointException as error:
-        raise ValueError(f"--resume: {newest} is damaged. Remove it to resume from the one before "
+        raise ValueError(f"--resume: {newest} is damaged: remove it, the one before is taken then "
                          f"({str(error)[-300:]})") from None
     options = StateDictOptions(strict=False)                    # frozen weights are not in it
     set_state_dict(policy, optimizers, model_state_dict=state["weights"],
@@ -666,7 +751,6 @@ def load_checkpoint(args, policy, optimizers):
     return int(newest.name.removeprefix("step_"))
 
 def start_log(args, policy, description):
-    """Begin args.out/log.jsonl, or go on with it, by a row of options, version and commit."""
     if get_rank() > 0:
         return
     out = Path(args.out)
@@ -685,16 +769,14 @@ def append_log(args, row):
         file.write(start + json.dumps(row) + "\n")
 
 def progress(start, args):
-    """The steps that are left, with a progress bar. Every step seeds torch anew, for dropout, so
-    that no random state has to be saved."""
+    """The steps that are left. Each seeds torch anew, for dropout, so that no state is saved."""
     steps = range(start, args.max_steps)
     for step in tqdm(steps, initial=start, total=args.max_steps, disable=get_rank() > 0):
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + get_rank())
         yield step
 
 def log_row(args, step, numbers):
-    """Append a row to the log; of a step that a resumed run repeats, the last row counts. peak_gib:
-    the most memory this process has had, the GPU's where there is one."""
+    """Append a row to the log. peak_gib: the most memory of this process, or of its GPU."""
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     if torch.cuda.is_available():
         peak_gib = torch.cuda.max_memory_allocated() / 2 ** 30
@@ -709,12 +791,6 @@ def finish_log(args, columns):
             cells = [f"{title} {numbers[name]:.3f}  " for title, numbers in columns.items()]
             print(f"  {name:22s}" + "".join(cells))
         print(f"the model, log.jsonl and pages to look at are in {args.out}/")
-
-def write_html(args, name, title, figures, text=""):
-    """args.out/name: a figure for each (caption, frames, whether it won), then the text."""
-    if get_rank() == 0:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        Path(args.out, name).write_text(report_html(title, figures, text), errors="replace")
 
 if __name__ == "__main__":
     main()

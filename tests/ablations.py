@@ -82,7 +82,7 @@ def signal(args, seed):
             media.append(grpo.sample(pipe, records, [(seed, 0, k, i) for i in range(G)], settings, pipe.call_args).media)
             true.append(O.true(media[k], [record["prompt"]] * G)["true"])
         questions = [(k, i, j) for k in range(args.groups) for i, j in permutations(range(G), 2)]
-        texts = judge([Comparison(records[k]["prompt"], media[k][i], media[k][j]) for k, i, j in questions], progress=True)
+        texts = judge([Comparison(records[k]["prompt"], media[k][i], media[k][j]) for k, i, j in questions])
         return records, dict(zip(questions, map(parse_verdict, texts))), true, [k for k in range(args.groups) if 0 < sum(true[k]) < G]
 
     def biased(k, i, j, bias):
@@ -128,8 +128,9 @@ def grounded(trace, records, i):
 
 def dpo(args, seed):
     """Four traces of each of args.pairs pairs. Where all are right, they are ranked by how many of their reasons are true of the images: the
-    strong judge of the paper, which only a toy world has for nothing. What can be checked in the text alone, dpo.py's default, tells apart
-    `by_form` of them. `grounded` is the share of true reasons in greedy verdicts."""
+    strong judge of the paper, which only a toy world has for nothing. What can be checked in the
+    text alone, by which dpo.py ranks them, tells apart `by_form` of them. `grounded` is the share
+    of true reasons in greedy verdicts."""
     models, folder = Path(args.models.format(seed=seed)), Path(args.out, f"dpo-{seed}")
 
     @functools.cache
@@ -139,7 +140,7 @@ def dpo(args, seed):
         torch.manual_seed(seed)
         records = W.Records("train", "pair", args.pairs, 100 + seed)
         pairs = [*records]
-        texts = judge([data.as_question(pair) for pair in pairs for _ in range(4)], temperature=.7, progress=True)
+        texts = judge([data.as_question(pair) for pair in pairs for _ in range(4)], temperature=.7)
         mixed, by_truth, by_form = [], [], 0
         for n, pair in enumerate(pairs):
             traces = texts[4 * n:4 * n + 4]

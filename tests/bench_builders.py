@@ -3,13 +3,12 @@
     python tests/bench_builders.py [--num 256]
 
 Prints for each builder source records per second, rows made, and the share of the time spent in the
-models that are asked (teacher, judge); the rest is data.py's and dpo.py's own: loading, parsing,
+models that are asked (teacher, sampler); the rest is data.py's and dpo.py's own: loading, parsing,
 ranking, writing.
 """
 import argparse
 import contextlib
 import io
-import json
 import os
 import sys
 import tempfile
@@ -31,18 +30,17 @@ from bench_judge import timed
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--judge", default="out/judge-dpo/model", help="teacher, and who writes the traces that are ranked")
-    parser.add_argument("--num", type=int, default=256, help="pairs; a quarter as many questions")
+    parser.add_argument("--num", type=int, default=256, help="pairs")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    spent, judge = {}, reward.load_judge(args.judge, score_template="{prompt}")
+    spent = {}
+    judge = reward.load_judge(args.judge)
+    judge.max_new_tokens = 256
 
     def load(name, **_):
-        """The judge by name, timed; "coin" says at random which text is better."""
-        found = {args.judge: judge, "coin": coin}.get(name) or reward.load_judge(name)
+        """The judge by name, timed."""
+        found = judge if name == args.judge else reward.load_judge(name)
         return timed(found, spent, "asked")
-
-    def coin(questions):
-        return [json.dumps({"winner": f"Answer {1 + torch.randint(2, ()).item()}"}) for _ in questions]
 
     def prefer(path, *options):
         """What dpo.py does before it trains."""
@@ -59,22 +57,19 @@ def main():
     data.load_judge = dpo.load_judge = load
     print("builder                          source records/s     rows   asked models")
     with tempfile.TemporaryDirectory() as folder:
-        pairs, questions = f"{folder}/pairs.jsonl", f"{folder}/questions.jsonl"
+        pairs = f"{folder}/pairs.jsonl"
         data.write_jsonl(pairs, toy_world.Records("train", "pair", args.num))
-        unanswered = [{k: v for k, v in row.items() if k != "response"} for row in toy_world.Records("train", "question", args.num // 4)]
-        data.write_jsonl(questions, unanswered)
-        for name, num, tokens, build, *options in (
-                ("distill, toy teacher", args.num, 256, distill, pairs, f"{toy_teacher.__file__}:teacher"),
-                ("distill, the judge as teacher", args.num, 256, distill, pairs, args.judge),
-                ("dpo.py, 2 traces, heuristic", args.num, 256, prefer, pairs, "--num-samples", "2"),
-                ("dpo.py, 2 traces, a judge", args.num, 256, prefer, pairs, "--num-samples", "2", "--judge", "coin"),
-                ("dpo.py, 4 answers, a judge", args.num // 4, 8, prefer, questions, "--num-samples", "4", "--judge", "coin")):
+        for name, build, *options in (
+                ("distill, toy teacher", distill, f"{toy_teacher.__file__}:teacher"),
+                ("distill, the judge as teacher", distill, args.judge),
+                ("dpo.py, 2 traces", prefer, "--num-samples", "2"),
+                ("dpo.py, 4 traces", prefer, "--num-samples", "4")):
             spent.clear()
-            judge.max_new_tokens = tokens
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                out = timed(build, spent, "all")(*options)
+                out = timed(build, spent, "all")(pairs, *options)
             rows = out.read_text().count("\n")
-            print(f"{name:32s}{num / spent['all']:17.1f}{rows:9d}{spent['asked'] / spent['all']:15.1%}", flush=True)
+            print(f"{name:32s}{args.num / spent['all']:17.1f}{rows:9d}"
+                  f"{spent['asked'] / spent['all']:15.1%}", flush=True)
 
 
 if __name__ == "__main__":

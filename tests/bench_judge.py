@@ -79,7 +79,7 @@ def bench_budget(judge, num_groups, G, draws):
         groups.append((prompt, [W.render(prompt, s) for s in scenes], quality(prompt, scenes)))
     asked = [(k, i, j) for k in range(num_groups) for i, j in permutations(range(G), 2)]
     judge.batch_size = 256
-    texts = judge([Comparison(groups[k][0]["text"], [groups[k][1][i]], [groups[k][1][j]]) for k, i, j in asked], progress=True)
+    texts = judge([Comparison(groups[k][0]["text"], [groups[k][1][i]], [groups[k][1][j]]) for k, i, j in asked])
     verdicts = {key: parse_verdict(text) for key, text in zip(asked, texts)}
     print(f"\npairs                 calls  correlation with true quality    ({num_groups} groups of {G}, {draws} draws each, alpha 0.7)")
     for pairs, both in (("all", True), ("all", False), ("ring:4", False), ("ring:3", False), ("ring:2", False), ("ring:2", True), ("ring:1", False)):

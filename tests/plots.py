@@ -5,13 +5,19 @@
 """
 import argparse
 import base64
+import html
 import io
 import json
 import math
 import re
+import sys
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import toy_oracle
 
 INKS = [(90, 90, 90), (40, 90, 210), (30, 150, 70), (215, 60, 40), (150, 70, 190), (200, 140, 0)]
 GREY = (160, 160, 160)
@@ -178,19 +184,59 @@ def draw_curves(log, width=360, height=230, columns=4):
     return path
 
 
-def draw_pairs(page, columns=8, size=96, gap=4):
-    """A picture of a stage's before_after.html: in turn a row of samples before and, under it, a row of the same prompts after."""
-    sources = re.findall('data:image/png;base64,([^"]+)', Path(page).read_text())
-    if not sources or len(sources) % 2:
-        raise ValueError(f"{page}: {len(sources)} images; expected pairs of them, before and after")
-    images = [Image.open(io.BytesIO(base64.b64decode(source))).convert("RGB") for source in sources]
-    step = size + gap
-    rows = math.ceil(len(images) / 2 / columns)
-    sheet = Image.new("RGB", (columns * step, rows * (2 * step + 2 * gap)), "white")
-    for i, image in enumerate(images):
-        column, row = i // 2 % columns, i // 2 // columns
-        place = (column * step, row * (2 * step + 2 * gap) + i % 2 * step)
-        sheet.paste(image.resize((size, size), Image.NEAREST), place)
+def read_pairs(page):
+    """[(prompt, image before, image after), ...] of a stage's before_after.html."""
+    pattern = '<figcaption>(.*?)</figcaption><img src="data:image/png;base64,([^"]+)"'
+    figures = re.findall(pattern, Path(page).read_text())
+    images = [Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB") for _, data in figures]
+    prompts = [html.unescape(caption.removeprefix("before: ")) for caption, _ in figures]
+    if not figures or len(figures) % 2:
+        raise ValueError(f"{page}: {len(figures)} images; expected pairs of them, before and after")
+    return list(zip(prompts[::2], images[::2], images[1::2]))
+
+
+def is_true(prompt, image):
+    """Whether the toy world's oracle finds the prompt's objects in the image, None for others."""
+    try:
+        return toy_oracle.success(toy_oracle.parse_prompt(prompt), image)
+    except ValueError:
+        return None
+
+
+def headline(page):
+    """What the last row of the log beside the page says of true samples, before and after."""
+    log = Path(page).with_name("log.jsonl")
+    lines = log.read_text().splitlines() if log.exists() else []
+    ends = [json.loads(line) for line in lines if line.startswith('{"before"')]
+    if not ends or "true" not in ends[-1]["before"]:
+        return "before | after"
+    before, after = [100 * ends[-1][column]["true"] for column in ("before", "after")]
+    return (f"before | after.  Green: true to its prompt, of all held-out samples {before:.1f} % "
+            f"before and {after:.1f} % after")
+
+
+def draw_pairs(page, columns=4, size=88, num=16):
+    """A picture of a stage's before_after.html: two samples of one seed beside each other, before
+    and after, above their prompt, in a green frame where the toy oracle finds them true."""
+    pairs = read_pairs(page)[:num]
+    font = ImageFont.load_default(11)
+    width = 2 * size + 20
+    height = size + 38
+    rows = math.ceil(len(pairs) / columns)
+    sheet = Image.new("RGB", (columns * width, 22 + rows * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((6, 4), headline(page), "black", font)
+    for i, (prompt, *images) in enumerate(pairs):
+        left = i % columns * width + 6
+        top = 22 + i // columns * height
+        for k, image in enumerate(images):
+            x = left + k * (size + 4)
+            frame = {True: (30, 170, 60), False: (225, 225, 225), None: "white"}
+            pen.rectangle((x, top, x + size, top + size), frame[is_true(prompt, image)])
+            inner = image.resize((size - 5, size - 5), Image.NEAREST)
+            sheet.paste(inner, (x + 3, top + 3))
+        for line, text in enumerate(textwrap.wrap(prompt, 32)[:2]):
+            pen.text((left, top + size + 2 + 13 * line), text, "black", font)
     path = Path(page).with_suffix(".png")
     sheet.save(path)
     return path

@@ -78,7 +78,7 @@ def test_first_loss_is_ln2_and_resume_is_exact(judge_folder, toy_folder, tmp_pat
     assert [r["loss"] for r in rows(out)] == [r["loss"] for r in log]
     said = capsys.readouterr().out
     assert "8 preferences, 4 a step" in said and re.search(r"winner_accuracy +before [\d.]+ +after [\d.]+", said)
-    assert Path(out, "verdict.html").exists()
+    assert said.count("overall: ") == 4                     # a verdict before and after each run
 
 
 def test_without_adapters_there_is_no_reference(capsys):
@@ -118,18 +118,6 @@ def test_traces_are_sampled_ranked_kept_and_reused(judge_folder, toy_folder, tmp
     assert TwoWordings.asked == num_questions and len(rows(tmp_path)) == 2
     dpo.main(args)                                   # a new run
     assert TwoWordings.asked == 2 * num_questions
-
-
-def test_a_judge_of_reasoning_ranks_right_traces(toy_folder, tmp_path, monkeypatch):
-    """--judge is asked in both orders which of two right traces is better; this one prefers what dpo.rank_traces does not."""
-    (tmp_path / "judge.py").write_text("def judge(questions):\n"
-                                       "    texts = [q.prompt for q in questions]\n"
-                                       "    first = [t.index('\"score_2\":1') < t.index('\"score_2\":3') for t in texts]\n"
-                                       "    return ['{\"winner\": \"Answer %d\"}' % (1 if f else 2) for f in first]\n")
-    monkeypatch.setattr(reward, "LocalJudge", TwoWordings)
-    args = dpo.parse_args(["--model", str(tmp_path), "--data", f"{toy_folder}/pairs.jsonl", "--num-samples", "2", "--judge", f"{tmp_path}/judge.py:judge"])
-    records = [record for _, record in dpo.sample_preferences(args) if record]
-    assert records and all((r["chosen"], r["rejected"]) == (FAULTY, GOOD) for r in records)
 
 
 def test_no_steps_leave_the_ranked_verdicts_of_a_sampler_and_the_model_as_it_was(judge_folder, toy_folder, tmp_path):

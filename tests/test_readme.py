@@ -74,17 +74,19 @@ def test_the_toy_commands_run_in_order(newcomer, monkeypatch, capsys):
         ran.append(shlex.split(command)[1])
     assert ran == ["tests/toy.py", "sft.py", "dpo.py", "sft.py", "grpo.py", "reward.py", "data.py", "grpo.py"]
     assert "data:image/png" in (newcomer / "group.html").read_text()
-    pages = re.findall(r"`(out/\S+\.html)`", (ROOT / "README.md").read_text())
-    assert len(pages) == 4 and all("data:image/png" in (newcomer / page).read_text() for page in pages)
+    pages = set(re.findall(r"`(out/\S+\.html)`", (ROOT / "README.md").read_text()))
+    assert len(pages) == 2
+    assert all("data:image/png" in (newcomer / page).read_text() for page in pages)
     printed = capsys.readouterr().out
-    assert printed.count("max |ratio - 1| at the first update: 0\n") == 2
+    assert printed.count("max |ratio - 1| of a trial rollout: 0\n") == 2
+    assert printed.count("overall: ") == 3           # verdicts after sft.py, before and after dpo.py
     assert printed.count("\n  winner_accuracy   ") == 2 and printed.count("\nwinner_accuracy   ") == 1 and printed.count("\n  true   ") == 2 and printed.count("\n  win_rate   ") == 2
     plot, = re.findall(r"`(python tests/plots.py [^`]*)`", (ROOT / "README.md").read_text())
     run(plot)
     width, height = Image.open(newcomer / "out/judge-sft/curves.png").size
     assert width > 600 and height > 200
-    plots.main(["out/grpo/before_after.html"])       # 4 held-out prompts: a row before, a row after
-    assert Image.open(newcomer / "out/grpo/before_after.png").size == (800, 208)
+    plots.main(["out/grpo/before_after.html"])       # 4 held-out prompts, a row
+    assert Image.open(newcomer / "out/grpo/before_after.png").size == (784, 148)
 
 
 def test_curves_are_those_of_the_rows_that_count(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import sft
 from conftest import ROOT
 from test_sft import preferences, rows, small, state
@@ -87,7 +88,18 @@ def test_broken_and_foreign_checkpoints_are_refused(judge_folder, toy_folder, tm
     with pytest.raises(ValueError, match="other options: lora_rank 0 -> 4"):
         sft.main([*args, "--lora-rank", "4", "--resume"])
     (out / "step_000002" / ".metadata").unlink()
-    with pytest.raises(ValueError, match="step_000002 is damaged. Remove it to resume from the one before"):
+    with pytest.raises(ValueError, match="step_000002 is damaged: remove it, the one before is taken"):
+        sft.main([*args, "--resume"])
+
+
+def test_other_records_under_the_same_name_are_refused(judge_folder, toy_folder, tmp_path):
+    traces = data.read_records(f"{toy_folder}/traces.jsonl", "trace")
+    args = [*small(toy_folder), "--model", judge_folder, "--data", f"{tmp_path}/traces.jsonl",
+            "--max-steps", "1", "--out", str(tmp_path / "run")]
+    data.write_jsonl(tmp_path / "traces.jsonl", traces[:8])
+    sft.main(args)
+    data.write_jsonl(tmp_path / "traces.jsonl", traces[:9])
+    with pytest.raises(ValueError, match="other options: digest of --data '"):
         sft.main([*args, "--resume"])
 
 

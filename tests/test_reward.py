@@ -45,7 +45,7 @@ def test_question_fills_only_its_placeholders_and_puts_images_first():
     assert "a {medium} of {x}" in text and "Video 1" in text and "Cinematography" in text and "Image" not in text
     assert "Image Quality" in instruction("p") and '"dims": [{' in instruction("p")
     assert instruction("b", "Image", "{medium}: {prompt} {c}") == "Image: b {c}"
-    with pytest.raises(ValueError, match="prompt is empty"):
+    with pytest.raises(ValueError, match="the text '  ' is empty"):
         instruction("  ")
     with pytest.raises(ValueError, match="no {prompt}"):
         instruction("p", template="judge these")
@@ -271,7 +271,7 @@ def test_win_rates_by_hand():
     assert rates.overall.tolist() == [1, .25, .25]
     assert {name: rate.tolist() for name, rate in rates.anchors.items()} == {"A": [.5, .5, .5], "B": [1, .5, 0], "C": [.75, .5, 0]}
     assert rates.category.tolist() == pytest.approx([2.25 / 3, 1.5 / 3, .5 / 3])
-    assert (rates.num_decided, rates.num_ties, rates.num_undecided, rates.first_position_wins) == (2, 1, 0, 1)
+    assert list(rates.counts.values()) == [3, 1, 1, 1, 0]
     weighted = win_rates(PAIRS, VERDICTS, 3, category_weights={"A": 1, "B": .5, "C": 0})
     assert weighted.category.tolist() == pytest.approx([(.5 + .5) / 1.5, (.5 + .25) / 1.5, .5 / 1.5])
     with pytest.raises(ValueError, match="3 pairs but 2 verdicts"):
@@ -289,13 +289,13 @@ def test_undecided_is_left_out_and_not_half_a_win():
     pairs, verdicts = PAIRS + [(0, 3), (3, 1)], VERDICTS + [verdict(None, A=1), verdict(None)]
     rates = win_rates(pairs, verdicts, 4)
     assert rates.overall[:3].tolist() == [1, .25, .25] and rates.anchors["A"][0] == .5
-    assert rates.overall[3].isnan() and rates.category[3].isnan() and rates.num_undecided == 2
+    assert rates.overall[3].isnan() and rates.category[3].isnan() and rates.counts["undecided"] == 2
     advantages = group_advantages(rates)
     assert advantages[3] == 0 and torch.equal(advantages[:3], group_advantages(win_rates(PAIRS, VERDICTS, 3)))
 
 
 def rates_of(overall, category):
-    return WinRates(torch.tensor(overall), torch.tensor(category), {}, 0, 0, 0, 0)
+    return WinRates(torch.tensor(overall), torch.tensor(category), {}, {})
 
 
 def test_advantages_by_hand():
@@ -434,7 +434,8 @@ def test_command_and_its_errors(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     picture("red").save("a.png"), picture("blue").save("b.png"), Path("c.png").write_text("no image")
     for argv, words in [(["a.png", "b.png", "--prompt", "x"], "no judge in out/judge-dpo/model: train one"), (["a.png", "c.png", "--prompt", "x"], "c.png: not a readable"),
-                        (["a.png", "d.png", "--prompt", "x"], "d.png"), (["a.png", "b.png", "--prompt", " "], "prompt is empty"),
+                        (["a.png", "d.png", "--prompt", "x"], "d.png"),
+                        (["a.png", "b.png", "--prompt", " "], "the text ' ' is empty"),
                         (["a.png", "b.png", "--prompt", "x", "--template", "none.txt"], "none.txt")]:
         with pytest.raises(SystemExit, match=words):
             reward.main(argv)
@@ -442,6 +443,8 @@ def test_command_and_its_errors(tiny, tmp_path, monkeypatch, capsys):
     Path("t.txt").write_text(TEMPLATE)
     reward.main(["a.png", "b.png", "--prompt", "x", "--template", "t.txt", "--max-new-tokens", "4"])
     assert "overall: undecided" in capsys.readouterr().out
-    monkeypatch.setattr(LocalJudge, "__call__", lambda judge, comparisons, progress: [GOOD])
+    monkeypatch.setattr(LocalJudge, "__call__", lambda judge, comparisons: [GOOD])
     reward.main(["a.png", "b.png", "--prompt", "x"])
-    assert capsys.readouterr().out.strip() == format_verdict(parse_verdict(GOOD), "x")
+    notice, said = capsys.readouterr().out.split("\n", 1)
+    assert "out/judge-dpo/model has no template.txt" in notice
+    assert said.strip() == format_verdict(parse_verdict(GOOD), "x")

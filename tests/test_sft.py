@@ -161,7 +161,7 @@ def test_lora_starts_as_the_base_and_merges_to_the_same(judge_folder, tmp_path):
             torch.nn.init.normal_(layer.lora_B, std=.1)
         adapted = model(**batch).logits
         assert (adapted - base).abs().max() > .1
-        with disable_lora(model):
+        with disable_lora():
             assert torch.equal(model(**batch).logits, base)
         sft.save_merged(model, tmp_path / "merged")
         assert torch.equal(model(**batch).logits, adapted)                      # saving leaves the adapters
@@ -212,7 +212,7 @@ def test_targets_choose_what_trains_and_are_refused_where_they_match_nothing(jud
     assert {name.rpartition(".")[2] for name in prepared("q_proj$", "--lora-rank", "2")} == {"lora_A", "lora_B"}
     with pytest.raises(ValueError, match="--targets chooses the layers with adapters: pass --lora-rank"):
         prepared("q_proj$")
-    with pytest.raises(ValueError, match="'nowhere' matches none of"):
+    with pytest.raises(ValueError, match="LoRA on 0 of .* linear layers.*--targets"):
         prepared("nowhere", "--lora-rank", "2")
 
 
@@ -231,19 +231,15 @@ def test_response_loss_is_cross_entropy_of_the_full_logits(judge_folder):
 
 
 @pytest.mark.parametrize("trained_head", [True, False])
-def test_token_logps_and_gradients_equal_log_softmax(trained_head, judge_folder, monkeypatch):
+def test_token_logps_and_gradients_equal_log_softmax(trained_head, judge_folder):
     """In chunks, against the whole (N, V) table, with weights on the tokens as DPO's loss has."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_pretrained(judge_folder)
     weight = model.get_output_embeddings().weight.requires_grad_(trained_head)
     hidden = torch.randn(300, weight.shape[1], requires_grad=True)
     targets, scale = torch.randint(len(weight), (300,)), torch.randn(300)
-    calls, stock = [], sft.checkpoint
-    monkeypatch.setattr(sft, "checkpoint", lambda *args, **kwargs: calls.append(len(args[1])) or stock(*args, **kwargs))
-    monkeypatch.setattr(torch.nn.Linear, "out_features", 3 * 2 ** 23 // 100, raising=False)
-    model.get_output_embeddings().out_features = 3 * 2 ** 23 // 100                 # chunks of 100 tokens
-    ours = sft.token_logps(model, hidden, targets)
-    assert calls == [100, 100, 100]
+    ours = sft.TokenLogps.apply(hidden, weight, targets, 100)
+    torch.testing.assert_close(ours, sft.token_logps(model, hidden, targets))       # in one chunk
     full = (hidden @ weight.T).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(ours, full)
     inputs = (hidden, weight) if trained_head else (hidden,)
@@ -317,7 +313,7 @@ def test_generators_that_predict_noise_or_v_are_trained(family, tmp_path, toy_fo
     assert rows(tmp_path / "run")[0]["loss"] == pytest.approx(sum(errors) / 4, rel=1e-4)
     config = tmp_path / "sd/scheduler/scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
-    with pytest.raises(ValueError, match="predicts 'sample'; expected epsilon, v_prediction or a flow"):
+    with pytest.raises(ValueError, match="predicts 'sample': expected epsilon, v_prediction"):
         sft.main(args)
 
 
@@ -362,11 +358,11 @@ def test_a_run_trains_what_it_says(judge_folder, toy_folder, tmp_path):
     assert all(torch.equal(saved[name], after[name]) for name in saved)
 
 
-def test_lora_run_writes_adapter_and_merged_model(judge_folder, toy_folder, tmp_path):
+def test_lora_run_writes_adapter_and_merged_model(judge_folder, toy_folder, tmp_path, capsys):
     out = tmp_path / "run"
     sft.main([*small(toy_folder), "--model", judge_folder, "--lora-rank", "4", "--max-steps", "2", "--out", str(out)])
     assert (out / "adapter/adapter_model.safetensors").exists()
-    assert "<figure" in (out / "verdict.html").read_text()
+    assert capsys.readouterr().out.count("overall: ") == 1  # the first held-out verdict
     assert AutoModelForImageTextToText.from_pretrained(out / "model") is not None
     assert json.loads((out / "adapter/adapter_config.json").read_text())["r"] == 4
 
@@ -387,5 +383,5 @@ def test_generator_adapter_loads_in_diffusers_with_equal_images(generator_folder
 
 def test_missing_toy_files_name_the_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="out/toy/judge is not there yet.*python tests/toy.py"):
+    with pytest.raises(SystemExit, match="out/toy/judge is not there yet.*tests/toy.py"):
         sft.main([])

@@ -81,7 +81,7 @@ def test_your_own_generator_starts_at_ratio_1(here, capsys):
     pipe.save_pretrained("my-pipeline")
     *options, steps = readme_options("python grpo.py --model my-pipeline")
     grpo.main(["--model", "my-pipeline", *options, json.dumps({**call, **json.loads(steps)})])
-    assert "max |ratio - 1| at the first update: 0\n" in capsys.readouterr().out
+    assert "max |ratio - 1| of a trial rollout: 0\n" in capsys.readouterr().out
     row, = rows("out/try")
     assert row["ratio_error"] == 0 and row["grad_norm"] > 0
 
@@ -91,7 +91,7 @@ def test_your_own_data_becomes_pairs(here, capsys):
     runpy.run_path("my_data.py")
     pairs = data.read_records("pairs.jsonl", "pair")
     assert [data.WINNERS[pair["winner"]] for pair in pairs] == [1, 2, 0]
-    assert data.open_media(pairs[1])[1][0].getpixel((0, 0)) == (255, 255, 255)
+    assert data.as_question(pairs[1]).media_2[0].getpixel((0, 0)) == (255, 255, 255)
     data.main(["check", "pairs.jsonl"])
     printed = capsys.readouterr().out
     assert "3 pair records" in printed and "all well formed" in printed
@@ -192,7 +192,7 @@ def test_lora_alone(toolbox):
         start = model(x)
         for layer in lora_layers(model).values():
             nn.init.normal_(layer.lora_B)
-        with disable_lora(model):
+        with disable_lora():
             off = model(x)
         save_merged(model, "merged.pt")
         merged = Net(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2))

@@ -3,10 +3,12 @@ import diffusers as df
 import numpy as np
 import torch
 import transformers as hf
+from diffusers.pipelines.kandinsky5 import pipeline_kandinsky
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from diffusers.pipelines.wan import pipeline_wan_i2v
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from reward import leave_out_video
 
@@ -191,6 +193,176 @@ def hunyuan_video():
     return pipe, dict(height=16, width=16, num_frames=5, guidance_scale=4.5, max_sequence_length=32, prompt_template=dict(template="{}", crop_start=0))
 
 
+def open_gates(transformer):
+    """Draw what is 0 at first: gates of the blocks, without which these do nothing."""
+    for p in transformer.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=.1)
+
+
+def cogview4():
+    """Its times are even steps, its noise levels are shifted. It pads prompts without a mask."""
+    transformer = df.CogView4Transformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=4,
+        num_attention_heads=4, text_embed_dim=32, time_embed_dim=8, condition_dim=4)
+    scheduler = euler(base_shift=.25, max_shift=.75, base_image_seq_len=256,
+                      use_dynamic_shifting=True, time_shift_type="linear")
+    encoder = hf.GlmModel(hf.GlmConfig(
+        hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=400, pad_token_id=1))
+    pipe = df.CogView4Pipeline(
+        transformer=transformer, vae=vae(4, shift_factor=None), scheduler=scheduler,
+        text_encoder=encoder, tokenizer=tokenizer(1024, bos=False))
+    return pipe, dict(height=16, width=16, guidance_scale=4.0, negative_prompt=NEGATIVE,
+                      max_sequence_length=32)
+
+
+def kandinsky5(visual_cond=False):
+    """It writes its latents, channels last, in place. The released models have visual_cond."""
+    transformer = df.Kandinsky5Transformer3DModel(
+        in_visual_dim=4, in_text_dim=16, in_text_dim2=32, time_dim=32, out_visual_dim=4,
+        patch_size=(1, 2, 2), model_dim=48, ff_dim=128, num_text_blocks=1, num_visual_blocks=1,
+        axes_dims=(8, 8, 8), visual_cond=visual_cond)
+    open_gates(transformer)
+    coder = df.AutoencoderKLHunyuanVideo(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8,) * 4,
+        layers_per_block=1, norm_num_groups=4)
+    qwen = qwen_image()[0]
+    leave_out_video()
+    processor = hf.Qwen2VLProcessor(image_processor=hf.Qwen2VLImageProcessorPil(),
+                                    tokenizer=qwen.tokenizer, chat_template=CHAT)
+    pipeline_kandinsky.prompt_clean = str.strip      # the stock one needs ftfy
+    pipe = df.Kandinsky5T2VPipeline(
+        transformer=transformer, vae=coder, scheduler=euler(shift=7.0), tokenizer=processor,
+        text_encoder=qwen.text_encoder, text_encoder_2=clip(), tokenizer_2=tokenizer())
+    pipe.prompt_template = "<|im_start|>user\n{}<|im_end|>"
+    pipe.prompt_template_encode_start_idx = 4
+    return pipe, dict(height=32, width=32, num_frames=5, guidance_scale=5.0,
+                      negative_prompt=NEGATIVE, max_sequence_length=32)
+
+
+MASK = Image.fromarray(np.repeat([[0, 255]], 16, 1).repeat(32, 0).astype("uint8"))
+
+
+def flux_fill():
+    """Its conditioning, the image outside the mask, is drawn from the VAE's posterior."""
+    pipe, args = flux()
+    config = {**pipe.transformer.config, "in_channels": 16 + 16 + 16, "out_channels": 16}
+    parts = {name: pipe.components[name] for name in (
+        "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")}
+    pipe = df.FluxFillPipeline(**parts, transformer=df.FluxTransformer2DModel(**config))
+    return pipe, {**args, "image": SOURCE, "mask_image": MASK}
+
+
+def flux_img2img():
+    """By `strength` it leaves out the first steps of its schedule."""
+    pipe, args = flux(df.FluxImg2ImgPipeline)
+    return pipe, {**args, "image": SOURCE, "strength": .6}
+
+
+def auraflow():
+    transformer = df.AuraFlowTransformer2DModel(
+        sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1,
+        num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=4,
+        caption_projection_dim=32, joint_attention_dim=32, pos_embed_max_size=256)
+    pipe = df.AuraFlowPipeline(
+        transformer=transformer, vae=vae(4, shift_factor=None), scheduler=euler(shift=1.73),
+        text_encoder=t5("UMT5"), tokenizer=tokenizer(256))
+    return pipe, dict(height=16, width=16, guidance_scale=3.5, negative_prompt=NEGATIVE,
+                      max_sequence_length=32)
+
+
+def hidream():
+    """Without training mode its experts get no gradient, in it the output has another shape."""
+    transformer = df.HiDreamImageTransformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1,
+        attention_head_dim=8, num_attention_heads=4, caption_channels=[32, 16], text_emb_dim=64,
+        num_routed_experts=4, num_activated_experts=2, axes_dims_rope=(4, 2, 2),
+        max_resolution=(32, 32), llama_layers=(0, 1))
+    sizes = CLIP_SIZES | dict(hidden_size=16, num_hidden_layers=2)
+    llama = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, attn_implementation="eager"))
+    pipe = df.HiDreamImagePipeline(
+        transformer=transformer, vae=vae(4), scheduler=euler(shift=3.0),
+        text_encoder=clip(hf.CLIPTextModelWithProjection), tokenizer=tokenizer(),
+        text_encoder_2=clip(hf.CLIPTextModelWithProjection), tokenizer_2=tokenizer(),
+        text_encoder_3=t5(), tokenizer_3=tokenizer(128), text_encoder_4=llama,
+        tokenizer_4=tokenizer(128))
+    pipe.default_sample_size = 8                     # it brings every size to this area
+    return pipe, dict(height=16, width=16, guidance_scale=5.0, negative_prompt=NEGATIVE,
+                      max_sequence_length=32)
+
+
+def prx():
+    """With guidance its call takes one prompt; all samples of a call have one time."""
+    transformer = df.PRXTransformer2DModel(
+        patch_size=1, in_channels=4, context_in_dim=8, hidden_size=8, mlp_ratio=2.0, num_heads=2,
+        depth=2, axes_dim=[2, 2])
+    open_gates(transformer)
+    encoder = T5GemmaEncoder(hf.T5GemmaModuleConfig(
+        vocab_size=400, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=4, dropout_rate=0.0,
+        layer_types=["full_attention"]))
+    pipe = df.PRXPipeline(
+        transformer=transformer, vae=vae(4), scheduler=euler(shift=3.0), text_encoder=encoder,
+        tokenizer=tokenizer(64))
+    pipe.text_preprocessor.clean_text = str.strip    # the stock one needs ftfy
+    return pipe, dict(height=16, width=16, guidance_scale=1.0, use_resolution_binning=False)
+
+
+def sana_video():
+    """Its number of frames is called `frames`."""
+    transformer = df.SanaVideoTransformer3DModel(
+        in_channels=16, out_channels=16, num_attention_heads=2, attention_head_dim=12,
+        num_layers=2, num_cross_attention_heads=2, cross_attention_head_dim=12,
+        cross_attention_dim=24, caption_channels=8, mlp_ratio=2.5, sample_size=8,
+        patch_size=(1, 2, 2), qk_norm="rms_norm_across_heads", rope_max_seq_len=32)
+    pipe = df.SanaVideoPipeline(
+        transformer=transformer, vae=wan()[0].vae, scheduler=euler(shift=7.0),
+        text_encoder=sana()[0].text_encoder, tokenizer=tokenizer(300))
+    return pipe, dict(height=32, width=32, frames=9, guidance_scale=6.0, negative_prompt=NEGATIVE,
+                      max_sequence_length=32, complex_human_instruction=[],
+                      use_resolution_binning=False)
+
+
+class Harmless:
+    """Stands in for the safety checker of Cosmos."""
+    def to(self, device):
+        return self
+
+    def check_text_safety(self, prompt):
+        return True
+
+    def check_video_safety(self, frames):
+        return frames
+
+
+def cosmos2():
+    """Its noise levels run from 80 to .002, and it takes them by the number of the step."""
+    transformer = df.CosmosTransformer3DModel(
+        in_channels=16, out_channels=16, num_attention_heads=2, attention_head_dim=16,
+        num_layers=2, mlp_ratio=2, text_embed_dim=32, adaln_lora_dim=4, max_size=(4, 32, 32),
+        patch_size=(1, 2, 2), rope_scale=(2.0, 1.0, 1.0), concat_padding_mask=False,
+        extra_pos_embed_type="learnable")
+    pipe = df.Cosmos2TextToImagePipeline(
+        transformer=transformer, vae=wan()[0].vae, scheduler=euler(use_karras_sigmas=True),
+        text_encoder=t5(), tokenizer=tokenizer(512), safety_checker=Harmless())
+    return pipe, dict(height=32, width=32, guidance_scale=3.0, negative_prompt=NEGATIVE,
+                      max_sequence_length=32)
+
+
+def chroma():
+    """Its blocks lose the attention mask under gradient checkpointing."""
+    transformer = df.ChromaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=[4, 4, 8],
+        approximator_hidden_dim=32, approximator_layers=1, approximator_num_channels=16)
+    pipe = df.ChromaPipeline(
+        transformer=transformer, vae=vae(4), scheduler=euler(shift=3.0), text_encoder=t5(),
+        tokenizer=tokenizer(512))
+    return pipe, dict(height=16, width=16, guidance_scale=5.0, negative_prompt=NEGATIVE,
+                      max_sequence_length=32)
+
+
 BETAS = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear")
 UNET = dict(block_out_channels=(4, 8), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4)
 
@@ -223,14 +395,20 @@ def text_to_video():
 
 
 FAMILIES = {"FLUX.1": flux, "FLUX.1 true CFG": flux_true_cfg, "FLUX.1 Kontext": kontext, "FLUX.2": flux2, "SD3.5": sd3, "Qwen-Image": qwen_image, "Qwen-Image-Edit": qwen_image_edit, "Z-Image": z_image,
-            "Sana": sana, "Wan 2.1": wan, "Wan 2.2": lambda: wan(2), "Wan image-to-video": wan_image_to_video, "LTX": ltx, "HunyuanVideo": hunyuan_video}
+            "Sana": sana, "Wan 2.1": wan, "Wan 2.2": lambda: wan(2), "Wan image-to-video": wan_image_to_video, "LTX": ltx, "HunyuanVideo": hunyuan_video,
+            "Sana video": sana_video}
+# driven by grpo.py; tests/test_guards.py shows what sft.py and dpo.py say of them
+PARTLY = {"CogView4": cogview4, "Kandinsky 5": kandinsky5, "FLUX.1 Fill": flux_fill,
+          "AuraFlow": auraflow, "PRX": prx, "Chroma": chroma}
+REFUSED = {"FLUX.1 image-to-image": flux_img2img, "Cosmos 2": cosmos2, "HiDream": hidream,
+           "Kandinsky 5 as released": lambda: kandinsky5(visual_cond=True)}
 DIFFUSION = {"SD1.5": sd15, "SD2.1": lambda: sd15(prediction_type="v_prediction"), "SDXL": sdxl, "SDXL-Turbo": lambda: sdxl(turbo=True), "text-to-video": text_to_video}
 
 
 def make(family):
     """(pipeline, the arguments of a call but prompt, steps and generator). Weights that a config leaves empty are drawn as well."""
     torch.manual_seed(0)
-    pipe, args = {**FAMILIES, **DIFFUSION}[family]()
+    pipe, args = {**FAMILIES, **PARTLY, **REFUSED, **DIFFUSION}[family]()
     for name in ("transformer", "transformer_2"):
         module = getattr(pipe, name, None)
         for key, p in module.named_parameters() if module is not None else []:

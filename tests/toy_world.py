@@ -82,7 +82,7 @@ class Scene:
     relation: str
     seed: int                                        # places, jitter, noise, background
     surplus: list = field(default_factory=list)      # (color, shape) in free cells
-    ghosts: list = field(default_factory=list)       # the same, nearly transparent
+    ghosts: list = field(default_factory=list)       # the same, nearly transparent, or white
     blend: tuple = None                              # (index of an object, what is drawn over it)
     background: str = "plain"                        # plain, clashing, tinted, tiled
     exposure: str = "balanced"                       # balanced, too dark, washed out
@@ -186,9 +186,12 @@ def draw_surplus(scene, objects, pair, rng):
 
 
 def add_defects(scene, prompt, rng):
-    """Add faults of looks."""
-    if rng.random() < .12:
+    """Add faults of looks. Half of the ghosts are paler than the ground: a policy whose judge never
+    saw such ones learns to remove ghosts until white ones stand in every empty cell."""
+    if rng.random() < .1:
         scene.ghosts = [random_object(rng) for _ in range(rng.choice([1, 1, 2, 3]))]
+    elif rng.random() < .11:
+        scene.ghosts = [("white", rng.choice(SHAPES)) for _ in range(rng.randint(3, 9))]
     elif rng.random() < .1 and scene.objects[0]:
         scene.blend = (0, unlike(rng, scene.objects[0]))
     if rng.random() < .45:
@@ -245,7 +248,7 @@ def paint(canvas, cover, color, x, y):
     bottom, right = min(SIZE, y + n), min(SIZE, x + n)
     cover = cover[top - y:bottom - y, left - x:right - x, None]
     part = canvas[top:bottom, left:right]
-    part += cover * (np.array(COLORS[color], np.float32) - part)
+    part += cover * (np.array(COLORS.get(color, (255, 255, 255)), np.float32) - part)
 
 
 def to_image(canvas):
@@ -290,7 +293,7 @@ def render(prompt, scene):
     for item, cell in zip(scene.surplus, free):
         draw(item, cell)
     for item, cell in zip(scene.ghosts, free[len(scene.surplus):]):
-        draw(item, cell, rng.uniform(.25, .45))
+        draw(item, cell, rng.uniform(*((.3, .9) if item[0] == "white" else (.25, .45))))
     if scene.exposure == "too dark":
         canvas *= .42
     elif scene.exposure == "washed out":
