@@ -9,8 +9,8 @@
 After the stage comes the toolbox that all stages share: ranks, LoRA, optimizers, checkpoints, log.
 Shapes: B records, T tokens, N response tokens, V vocabulary, H hidden size; (...) latents.
 """
-import argparse, contextlib, fcntl, functools, hashlib, json, math, os, platform, re, resource
-import shutil, subprocess, time, warnings
+import argparse, atexit, contextlib, fcntl, functools, hashlib, json, math, os, platform, re
+import resource, shutil, subprocess, time, warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -233,6 +233,7 @@ def setup_distributed(args):
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=4))
+        atexit.register(dist.destroy_process_group)  # gloo's threads may else abort the exit
     return device
 
 def gather_list(items):
@@ -492,11 +493,10 @@ def dry_run(pipe, records, args, call):
         raise ValueError("the denoiser predicts something else with gradients: omit --grad-ckpt")
     if pipe.one_by_one and get_rank() == 0:
         print("a call takes one noise level: samples are trained on one by one", flush=True)
-    name = type(pipe).__name__
     scale = pipe.scheduler.config.num_train_timesteps
     is_flow = prediction_type(pipe) == "flow"
     if is_flow and (sigmas[0] > 1 or (times.cpu() - scale * sigmas[:-1].cpu()).abs().max() > 1):
-        raise ValueError(f"{name} tells its denoiser other times than 1000 sigma, {scale * sigmas}")
+        raise ValueError(f"it tells its denoiser other times than 1000 sigma, {scale * sigmas}")
 
 def evaluate_samples(pipe, args, call, before=None, num=None):
     """(media, {name: mean}) of samples for --eval-data by --watch; a page shows 32 of them."""
