@@ -310,8 +310,7 @@ def source_images(records):
     return {"image": images[0] if is_one else images}
 
 def encode_records(pipe, records, call):
-    """(N, ...) clean latents on the CPU of every record's medium. ValueError: not as many
-    frames."""
+    """(N, ...) clean latents on the CPU of every record's medium. ValueError: other frames."""
     num_frames = num_frames_of(pipe, call)
     latents = []
     for start in range(0, len(records), 16):
@@ -532,7 +531,7 @@ def unguided(pipe, call):
 def report_long_prompts(pipe, records, call):
     """Print how many prompts have more tokens than the text encoder with the longest text takes."""
     option = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
-    limit = call.get("max_sequence_length", option.default if option else math.inf)
+    limit = call.get("max_sequence_length", option and option.default) or math.inf
     parts = [getattr(part, "tokenizer", part) for name, part in pipe.components.items()
              if re.match("tokenizer", name) and part]
     tokenizer = max(parts, key=lambda tokenizer: tokenizer.model_max_length)

@@ -319,8 +319,7 @@ def best_of_n(pairs, verdicts, scores, num):
     return (best, worst) if values[best][0] > values[worst][0] else None
 
 def pair_of(record, candidates, pairs, verdicts, scores, rng):
-    """("kept", pair record) of the best and the worst of N candidates, else ("dropped: ...",
-    None)."""
+    """("kept", pair record) of the best and the worst candidate, or ("dropped: ...", None)."""
     order = best_of_n(pairs, verdicts, scores, len(candidates))
     if order is None or candidates[order[0]] == candidates[order[1]]:
         return "dropped: equal or undecided", None

@@ -233,7 +233,8 @@ def setup_distributed(args):
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=4))
-        atexit.register(dist.destroy_process_group)  # gloo's threads may else abort the exit
+        if backend == "gloo":                        # whose threads may else abort the exit
+            atexit.register(dist.destroy_process_group)
     return device
 
 def gather_list(items):
@@ -403,7 +404,7 @@ def evaluate_folder(folder, args, device):
     ask = functools.partial(split_over_ranks, LocalJudge(folder, device=device))
     numbers, verdict = evaluate_judge(ask, read_records(args.eval_data, "pair"))
     if get_rank() == 0:
-        print(verdict, flush=True)
+        print(verdict.encode(errors="replace").decode(), flush=True)     # half a character
     return numbers
 
 def save_judge(args, judge):

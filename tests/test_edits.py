@@ -48,6 +48,14 @@ def write(path, records):
     return str(path)
 
 
+def save_pipeline(family, path):
+    """A tiny pipeline as a folder, its call's arguments but the image beside it."""
+    pipe, args = make(family)
+    args.pop("image")
+    pipe.save_pretrained(path)
+    (path / "pipe_args.json").write_text(json.dumps({**args, "num_inference_steps": 3}))
+
+
 def test_the_source_is_shown_first_and_named():
     for question in (Comparison("make it red", [GREEN], [BLUE], [RED]),
                      Candidate("make it red", [GREEN], [RED])):
@@ -86,10 +94,7 @@ def test_the_command_shows_the_source(folder, capsys):
 
 def test_grpo_shows_every_group_its_own_source(folder):
     """The judge dies where a question's source is not that of its prompt, also of held-out ones."""
-    pipe, args = make("Wan image-to-video")
-    args.pop("image")
-    pipe.save_pretrained(folder / "wan")
-    (folder / "wan" / "pipe_args.json").write_text(json.dumps({**args, "num_inference_steps": 3}))
+    save_pipeline("Wan image-to-video", folder / "wan")
     prompts = write(folder / "edits.jsonl", [
         {"prompt": f"animate the {name} one", "source": f"{name}.png"} for name in ("red", "blue")])
     out = folder / "run"
@@ -115,10 +120,7 @@ def test_scores_of_edits_are_refused(folder):
 
 def test_generators_with_sources_are_trained_by_grpo_alone(folder):
     import dpo
-    pipe, args = make("FLUX.1 Kontext")
-    args.pop("image")
-    pipe.save_pretrained(folder / "kontext")
-    (folder / "kontext" / "pipe_args.json").write_text(json.dumps({**args, "num_inference_steps": 2}))
+    save_pipeline("FLUX.1 Kontext", folder / "kontext")
     pairs = write(folder / "pairs.jsonl", [
         {"prompt": "a", "images": ["green.png", "blue.png"], "winner": "Image 1",
          "source": "red.png"}])

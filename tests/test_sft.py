@@ -385,3 +385,12 @@ def test_missing_toy_files_name_the_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="out/toy/judge is not there yet.*tests/toy.py"):
         sft.main([])
+
+
+def test_half_a_character_in_a_verdict_does_not_stop_the_stage(monkeypatch, capsys):
+    monkeypatch.setattr(sft, "LocalJudge", lambda folder, device: None)
+    monkeypatch.setattr(sft, "read_records", lambda path, kind: [])
+    monkeypatch.setattr(sft, "evaluate_judge", lambda ask, pairs: ({"failures": 0}, "wins \ud83d"))
+    args = sft.parse_args(["--eval-data", "pairs.jsonl"])
+    assert sft.evaluate_folder("judge", args, torch.device("cpu")) == {"failures": 0}
+    assert capsys.readouterr().out == "wins ?\n"
