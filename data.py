@@ -16,7 +16,7 @@ and TRL's records are read as they are. Shapes: B records, T tokens, S steps.
 """
 import argparse, codecs, copy, functools, hashlib, inspect, json, math, os, random, re, shutil
 from collections import Counter
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -29,8 +29,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.utils import logging
-from reward import (Candidate, Comparison, Failure, ServerJudge, ask, build_messages, chat_text,
-                    check_text, format_verdict, load_judge, load_media, parse_verdict, read_winner)
+from reward import (Candidate, Comparison, Failure, ServerJudge, add_judge_options, ask,
+                    build_messages, chat_text, check_text, judge_options, load_function,
+                    load_judge, load_media, parse_score, parse_verdict, read_winner)
 
 KINDS = {  # the fields of a kind beside prompt and media; a record is of the first kind that fits
     "preference": ["chosen", "rejected"], "trace": ["response"], "pair": ["winner"],
@@ -298,8 +299,7 @@ def num_frames_of(pipe, call):
         return 1
     num_frames = call.get(names[0], options[names[0]].default)
     factor = getattr(pipe, "vae_scale_factor_temporal", None)
-    is_whole = not factor or num_frames % factor == 1
-    return num_frames if is_whole else num_frames // factor * factor + 1        # as Wan rounds it
+    return num_frames // factor * factor + 1 if factor else num_frames          # as Wan rounds it
 
 def source_images(records):
     """{"image": one or a list} for the pipeline's call where prompts have a source, else {}."""
@@ -567,21 +567,60 @@ def seeded_generator(*seed):
 def seeded_noise(shape, *seed):                      # standard normal, on the CPU
     return torch.randn(shape, generator=seeded_generator(*seed))
 
+# ---------- rewards of media, and what --watch measures
+@dataclass
+class Reward:
+    weight: float
+    name: str
+    function: object        # function(media, prompts) -> B numbers; None for "flex", by comparisons
+
+def load_rewards(text, judge=None):
+    """[Reward, ...] of "flex:0.7,FILE.py:function:0.3": flex, verdicts on pairs; score, the judge's
+    pointwise scores; FILE.py:function; none. Weights default to 1."""
+    def scores(media, prompts):
+        questions = [Candidate(p, load_media(frames)) for p, frames in zip(prompts, media)]
+        values = [parse_score(text) for text in judge(questions)]
+        return [math.nan if value is None else value for value in values]
+    rewards = []
+    for part in text.split(",") if text != "none" else []:
+        name, weight = re.fullmatch(r"(.*?)(?::(-?\d*\.?\d+))?", part.strip()).groups()
+        function = {"flex": None, "score": scores}.get(name) or load_function(name)
+        if function is None and name != "flex":
+            raise ValueError(f"reward '{name}': pass flex, score or FILE.py:function, as flex:0.7")
+        rewards.append(Reward(float(weight or 1), name, function))
+    return rewards
+
+def reward_values(reward, media, prompts):
+    """{name: (B,) tensor} of a Reward's function; ValueError: not a number for each item."""
+    values = reward.function(media, prompts)
+    columns = values if isinstance(values, dict) else {reward.name: values}
+    tensors = {}
+    for name, column in columns.items():
+        try:
+            tensors[name] = torch.as_tensor(column, dtype=torch.float32).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            tensors[name] = torch.zeros(0)
+        if tensors[name].shape != (len(media),) or tensors[name].isinf().any():
+            raise ValueError(f"reward {name} returned {str(column)[:500]} for {len(media)} items; "
+                             "expected one finite number (or NaN) for each")
+    return tensors
+
 # ---------- a judge's accuracy
 def mean(values):
     return sum(values) / len(values) if values else math.nan
 
-def evaluate_judge(judge, pairs, seed=0):
-    """({name: number}, the first verdict as text): how good a judge is on pair records, each shown
-    in a random order and then in the other. winner_accuracy leaves out the pairs that people call a
-    tie ("diff" of GenAI-Bench), in tau_accuracy "tie" is right there; undecided is wrong."""
+def evaluate_judge(judge, pairs, seed=0, share=lambda function, items: function(items)):
+    """{name: number}: how good a judge is on pairs, each shown in a random order and then in the
+    other. winner_accuracy leaves out pairs that people call a tie ("diff" of GenAI-Bench), in
+    tau_accuracy "tie" is right there; undecided is wrong. share: sft.split_over_ranks."""
+    def answer(shown):
+        return judge([as_question(pair, swap) for pair, swap in shown])
     rng = random.Random(seed)
     swaps = [rng.random() < 0.5 for _ in pairs]
     shown = list(zip([*pairs, *pairs], [*swaps, *[not swap for swap in swaps]]))
     verdicts = []
     for start in tqdm(range(0, len(shown), CHUNK), "judge", disable=None):
-        questions = [as_question(pair, swap) for pair, swap in shown[start:start + CHUNK]]
-        verdicts += [parse_verdict(text) for text in judge(questions)]
+        verdicts += [parse_verdict(text) for text in share(answer, shown[start:start + CHUNK])]
     winners = []
     complete = []
     for verdict, (_, swap) in zip(verdicts, shown):
@@ -592,14 +631,13 @@ def evaluate_judge(judge, pairs, seed=0):
     labels = [WINNERS[pair["winner"]] for pair in pairs]
     right = [winner == label for winner, label in zip(winners, labels)]
     again = winners[len(pairs):]                            # in the other order
-    numbers = {
+    return {
         "winner_accuracy": mean([ok for ok, label in zip(right, labels) if label != 0]),
         "tau_accuracy": mean(right),
         "parse_rate": mean(complete),
         "swap_consistency": mean([a is not None and a == b for a, b in zip(winners, again)]),
         "first_position_share": mean([v.winner == 1 for v in verdicts if v.winner]),
         "failures": sum(isinstance(verdict.text, Failure) for verdict in verdicts)}
-    return numbers, format_verdict(verdicts[0], pairs[0]["prompt"])
 
 # ---------- distill: a teacher's traces
 def read_trace(text, winner):
@@ -633,8 +671,8 @@ def distill_pairs(teacher, pairs, args, seed):
         temperature = args.temperature if attempt > 0 else 0.0
         asked = [questions[i] for i in left]
         is_first = attempt == 0 and len(asked) > 1
-        texts = (partial(ask, teacher) if is_first else teacher)(asked, temperature=temperature)
-        for i, text in zip(left, texts):
+        answer = functools.partial(ask, teacher) if is_first else teacher
+        for i, text in zip(left, answer(asked, temperature=temperature)):
             case, trace = read_trace(text, WINNERS[records[i]["winner"]])
             results[i] = (case, {**records[i], "response": trace} if trace else None)
     return results
@@ -688,8 +726,7 @@ def parse_args(argv=None):
     add("command", choices=["check", "eval", "distill"])
     add("file", help="records (check) or pairs")
     add("--model", help="the judge: a folder, hub id, URLs or FILE.py:function; check: a generator")
-    add("--template", help="file with the judge's instruction  [the model's own]")
-    add("--max-new-tokens", type=int, help="longest verdict  [the model's own]")
+    add_judge_options(parser)
     add("--num-samples", type=int, default=4, help="distill: traces a pair until one is right")
     add("--temperature", type=float, default=0.7, help="distill: of the traces after the first")
     add("--seed", type=int, default=0)
@@ -707,11 +744,10 @@ def main(argv=None):
     try:
         if args.command == "check":
             return check(args)
-        template = Path(args.template).read_text(encoding="utf-8") if args.template else None
-        judge = load_judge(args.model, template=template, max_new_tokens=args.max_new_tokens)
+        judge = load_judge(args.model, **judge_options(args))
         if args.command == "distill":
             return distill(args, judge)
-        numbers, _ = evaluate_judge(judge, read_records(args.file, "pair"), args.seed)
+        numbers = evaluate_judge(judge, read_records(args.file, "pair"), args.seed)
         for name, number in numbers.items():
             print(f"{name:24s}{number:9.3f}")
     except (OSError, ValueError) as error:

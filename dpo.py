@@ -3,8 +3,7 @@
 
     python dpo.py                           the toy judge that sft.py made
     python dpo.py --task generator          the toy generator, on pairs of its own samples
-    torchrun --nproc_per_node=8 dpo.py --model out/judge-sft/model --data pairs.jsonl \\
-        --eval-data held_out.jsonl --lora-rank 64 --lr 2e-5 --batch-size 1 --accumulation 4
+    torchrun --nproc_per_node=8 dpo.py --model ...      real models: README.md has the commands
 
 A judge learns from preferences between two verdicts; given people's choices between images, it
 writes several verdicts on each pair, and a right one is chosen over a wrong one. A generator learns
@@ -23,8 +22,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from data import (WINNERS, as_question, batch_indices, encode_records, kind_of, medium_of, predict,
                   read_records, sample_media, swap_at_random, unguided, write_jsonl)
-from reward import (FORBIDDEN, Candidate, Failure, ask, compare_groups, load_judge, load_media,
-                    parse_score, parse_verdict, sample_pairs, win_rates)
+from reward import (FORBIDDEN, Candidate, Failure, ask, compare_groups, judge_options, load_judge,
+                    load_media, parse_score, parse_verdict, sample_pairs, win_rates)
 # the toolbox lies at the end of sft.py, the driver of pipelines in data.py
 from sft import (add_noise, autocast, call_sharded, disable_lora, dry_run, encode_responses,
                  evaluate_folder, evaluate_samples, finish_log, gather_list, get_rank,
@@ -172,11 +171,6 @@ def train_generator(args, device):
             loss = losses.sum() / per_step
             loss.backward()
             stats.update(sums)
-            # where both errors rise, those of the reference tell drift from harder noise levels
-            for name, values in {"error": logps, "error_ref": reference_logps}.items():
-                chosen, rejected = values.detach().chunk(2)
-                stats.update({f"{name}/chosen": -2 * chosen.sum().item(),
-                              f"{name}/rejected": -2 * rejected.sum().item()})
         row = optimizer_step(policy, optimizers, step, args)
         row |= {name: total / per_step for name, total in sum_over_ranks(stats).items()}
         log_row(args, step, row)
@@ -219,9 +213,11 @@ def load_or_sample(args, kind, sample, *inputs):
 def sample_preferences(args):
     """[(case, preference or None), ...] between --num-samples verdicts on each pair of --data."""
     torch.manual_seed(args.seed + get_rank())
-    sample = partial(load_judge(args.sampler or args.model), temperature=args.temperature)
+    judge = load_judge(args.sampler or args.model, **judge_options(args))
+    sample = partial(judge, temperature=args.temperature)
+    rng = random.Random(args.seed)          # in files the winner may always come first
     pairs = [pair for pair in read_records(args.data, "pair") if pair["winner"] != "Tie"]
-    pairs = pairs[get_rank()::get_world_size()]
+    pairs = [swap_at_random(pair, rng) for pair in pairs][get_rank()::get_world_size()]
     cases = []
     for start in tqdm(range(0, len(pairs), 128), "verdicts", disable=get_rank() > 0):
         cases += rank_pairs(sample, pairs[start:start + 128], args.num_samples)
@@ -258,7 +254,7 @@ def rank_pairs(sample, pairs, num_traces):
 
 def sample_best_and_worst(args, pipe, call):
     """[(case, pair or None), ...] of --num-samples candidates for the first NUM_PROMPTS prompts."""
-    judge = load_judge(args.judge)
+    judge = load_judge(args.judge, **judge_options(args))
     prompts = read_records(args.data, "prompt")
     indices = range(len(prompts))[:NUM_PROMPTS]
 

@@ -3,33 +3,28 @@ prompt in pairs, win rates become advantages (Sec. 3.3 of arXiv 2602.02380), and
 the sampler's stochastic steps moves with them (Flow-GRPO, arXiv 2505.05470).
 
     python grpo.py                          the toy generator, rewarded by the toy judge
-    torchrun --nproc_per_node=8 grpo.py --model black-forest-labs/FLUX.1-dev --data prompts.txt \\
-        --eval-data held_out.txt --watch none --judge http://localhost:8000 --num-prompts 48 \\
-        --batch-size 8 --lora-rank 64 --lr 3e-5 --bf16 --pipe-args '{"height": 512, "width": 512}'
+    torchrun --nproc_per_node=8 grpo.py --model ...     real models: README.md has the commands
 
-The samples of one prompt, a group, lie on one rank.
-Shapes: G samples of a prompt, B samples of a pipeline call and micro-step, S sampling steps, the
-first K of them stochastic, (...) one sample's latents.
+Shapes: G samples of a prompt, on one rank, B samples of a pipeline call and micro-step, S sampling
+steps, the first K of them stochastic, (...) one sample's latents.
 """
-import argparse, itertools, random, re, threading, time
+import itertools, random, re, time
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 
 import torch
-from data import (batch_indices, frames_of, predict, prediction_type, read_records,
-                  report_long_prompts, run_pipeline, seeded_generator, seeded_noise, source_images,
-                  source_of)
-from reward import (Failure, compare_groups, group_advantages, load_judge, load_media, normalize,
-                    sample_pairs, win_rates)
+from data import (batch_indices, frames_of, load_rewards, predict, prediction_type, read_records,
+                  report_long_prompts, reward_values, run_pipeline, seeded_generator, seeded_noise,
+                  source_images, source_of)
+from reward import (Failure, compare_groups, group_advantages, judge_options, load_judge,
+                    load_media, normalize, run_in_threads, sample_pairs, win_rates)
 # the toolbox lies at the end of sft.py, the driver of pipelines in data.py
 from sft import (autocast, disable_lora, evaluate_samples, finish_log, gather_list, get_rank,
-                 get_world_size, load_checkpoint, load_generator, load_rewards, log_row,
-                 make_optimizers, optimizer_step, prepare_training, progress, reward_values,
-                 save_checkpoint, save_generator, setup_distributed, split_over_ranks,
-                 stage_parser, start_log, sum_over_ranks)
+                 get_world_size, load_checkpoint, load_generator, log_row, make_optimizers,
+                 optimizer_step, prepare_training, progress, save_checkpoint, save_generator,
+                 setup_distributed, split, split_over_ranks, stage_parser, start_log,
+                 sum_over_ranks)
 
 NUM_COMPARED = 192                      # held-out samples that are compared with the base's
 
@@ -41,7 +36,7 @@ DEFAULTS = {
 def parse_args(argv=None):
     parser = stage_parser(__doc__)      # what all stages share
     parser.set_defaults(**DEFAULTS)
-    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add = parser.add_argument
     add("--judge", default="out/judge-dpo/model", help="folder, hub id, URLs or FILE.py:function")
     add("--eval-every", type=int, default=16, help="steps between evaluations, 0: none in between")
     add("--num-prompts", type=int, default=12, help="prompts per step, over all ranks")
@@ -51,14 +46,11 @@ def parse_args(argv=None):
     add("--reward", default="flex", help="flex, score, FILE.py:function, or flex:.7,FILE.py:f:.3")
     add("--pairs", default="ring:2", help="all, or ring:K: each sample meets its next K on a ring")
     add("--alpha", type=float, default=0.7, help="weight of the category against the overall side")
-    add("--category-weights", type=float, nargs="+", default=[1, 1, 1], help="of A, B and C")
     add("--std-floor", type=float, default=0.2, help="least std that win rates are divided by")
     add("--max-parse-fail", type=float, default=0.5, help="stop above this undecided share")
-    add("--max-new-tokens", type=int, help="longest verdict  [what the judge's folder says, 2048]")
     add("--updates", type=int, default=1, help="optimizer steps a rollout")
     add("--clip-range", type=float, default=1e-3, help="the ratio is clipped to 1 +- this")
-    add("--ratio-norm", action=flag, default=True, help="GRPO-Guard's ratio (arXiv 2510.22319)")
-    add("--kl", type=float, default=0.03, help="weight of the KL to the model without adapters")
+    add("--kl", type=float, default=0.02, help="weight of the KL to the model without adapters")
     return parser.parse_args(argv)
 
 # ---------- The sampler
@@ -84,10 +76,10 @@ class Rollout:
     media: list = None                              # B lists of frames
     x: list = field(default_factory=list)           # K + 1 latents (B, ...)
     means: list = field(default_factory=list)       # K, of the policy that sampled
-    noises: list = field(default_factory=list)      # K: x[i+1] = means[i] + std noises[i]
     sigmas: torch.Tensor = None                     # (S + 1,)
     timesteps: torch.Tensor = None                  # (S,)
-    advantages: Future = field(default_factory=Future)      # (B,), when the judge has answered
+    judged: Future = None                           # done when the judge has answered
+    advantages: torch.Tensor = None                 # (B,), then
     counts: Counter = field(default_factory=Counter)        # of answers, for the log
     undecided: list = field(default_factory=list)           # verdicts without a winner
 
@@ -111,7 +103,6 @@ def sample(pipe, records, seeds, args, call):
         mean, std = sde_step(sigmas, i, x, v, args.eta)
         noise = torch.stack([seeded_noise(x.shape[1:], *seed, i) for seed in seeds]).to(mean)
         rollout.means.append(mean)
-        rollout.noises.append(noise)
         return (mean + std * noise).to(x.dtype)
     with autocast(args, pipe.device):
         output = run_pipeline(pipe, step_fn, generator=group_generators(seeds), **call)
@@ -127,9 +118,6 @@ def sample_seeds(indices, step, args):
     parts = split(seeds, max(args.batch_size, args.group_size))
     return [split(part, args.batch_size) for part in parts]
 
-def split(items, size):
-    return [items[k:k + size] for k in range(0, len(items), size)]
-
 def group_generators(seeds):
     return [seeded_generator(*seed[:-1]) for seed in seeds]
 
@@ -141,23 +129,19 @@ def mean_at(pipe, rollout, i, args):
     return sde_step(rollout.sigmas, i, rollout.x[i], v, args.eta)
 
 # ---------- The reward: verdicts -> win rates -> advantages
-JUDGING = threading.Lock()              # one part of a step at a time
+def start_judging(rollouts, *inputs):
+    """judge_rollouts in a thread; rollout.judged waits for it and raises what it raised."""
+    [judged] = run_in_threads(judge_rollouts, [(rollouts, *inputs)], 1)
+    for rollout in rollouts:
+        rollout.judged = judged
 
-def start_judging(rollouts, judge, rewards, args, device):
-    """Find the rollouts' advantages in a thread, a daemon so that Ctrl-C does not wait for it."""
-    def work():
-        try:
-            with JUDGING:
-                if device.type == "cuda":
-                    torch.cuda.set_device(device)   # every thread has its own
-                judge_rollouts(rollouts, judge, rewards, args)
-        except BaseException as error:              # raised again where the result is waited for
-            for rollout in rollouts:
-                rollout.advantages.set_exception(error)
-    threading.Thread(target=work, daemon=True).start()
-
-def judge_rollouts(rollouts, judge, rewards, args):
-    """Find the advantages in whole groups: each reward's own, summed by weight, within +-5."""
+def judge_rollouts(rollouts, before, judge, rewards, args):
+    """Find the advantages of whole groups, after the rollouts `before` have theirs: those of each
+    reward, summed by weight, within +-5."""
+    if before:
+        before[-1].judged.result()
+    if torch.cuda.is_available():                   # a thread has its own current device
+        torch.cuda.set_device(rollouts[0].sigmas.device)
     started = time.time()
     samples = []
     for rollout in rollouts:
@@ -179,7 +163,7 @@ def judge_rollouts(rollouts, judge, rewards, args):
         advantages += reward.weight * torch.cat(parts)
     counts["judge_s"] = time.time() - started
     for rollout, part in zip(rollouts, advantages.clamp(-5, 5).split(args.batch_size)):
-        rollout.advantages.set_result(part)
+        rollout.advantages = part
 
 def advantages_of(groups, judge, rollout, args):
     """[(G,) advantages, ...] of groups [[(record, medium, seed), ...], ...] by the judge's verdicts
@@ -191,10 +175,9 @@ def advantages_of(groups, judge, rollout, args):
         schedule.append(sample_pairs(args.group_size, args.pairs, random.Random(repr(seed))))
         media = [load_media(frames) for _, frames, _ in group]
         entries.append((record["prompt"], media, source_of(record)))
-    weights = dict(zip("ABC", args.category_weights))
     advantages = []
     for pairs, verdicts in zip(schedule, compare_groups(judge, entries, schedule)):
-        rates = win_rates(pairs, verdicts, args.group_size, weights)
+        rates = win_rates(pairs, verdicts, args.group_size)
         advantages.append(group_advantages(rates, args.alpha, args.std_floor))
         rollout.counts.update(rates.counts)
         rollout.undecided += [verdict.text for verdict in verdicts if verdict.winner is None]
@@ -208,7 +191,7 @@ def reward_numbers(rollouts, args):
     for rollout in rollouts:
         counts.update(rollout.counts)
         texts += rollout.undecided
-    advantages = torch.cat([rollout.advantages.result() for rollout in rollouts])
+    advantages = torch.cat([rollout.advantages for rollout in rollouts])
     is_zero = (advantages.view(-1, args.group_size) == 0).all(1)
     counts["zero_variance_groups"] = is_zero.sum().item() / args.num_prompts
     counts["judge_failures"] = sum(isinstance(text, Failure) for text in texts)
@@ -226,14 +209,11 @@ def reward_numbers(rollouts, args):
     return counts
 
 # ---------- The objective
-def policy_ratio(x_next, mean, old_mean, std, noise, ratio_norm):
+def policy_ratio(x_next, mean, old_mean, std):
     """(B,) pi(x_next) / pi_old(x_next) of Gaussians of one std, from log-densities in float32 that
-    are means over elements. ratio_norm: GRPO-Guard's (arXiv 2510.22319), the log-ratio without its
-    quadratic term and times std, which makes all steps of the schedule count alike."""
-    log_ratio = noise * (mean - old_mean)
-    if not ratio_norm:
-        x = x_next.float()
-        log_ratio = ((x - old_mean) ** 2 - (x - mean) ** 2) / (2 * std ** 2)
+    are means over elements."""
+    x = x_next.float()
+    log_ratio = ((x - old_mean) ** 2 - (x - mean) ** 2) / (2 * std ** 2)
     return log_ratio.flatten(1).mean(1).exp()
 
 def grpo_loss(ratio, advantages, clip_range):
@@ -264,7 +244,7 @@ def check_moved(pipe, rollout, args):
     moved = ((mean - rollout.means[0]).abs().max() / std).item()
     if get_rank() == 0:
         print(f"the first optimizer step moved means by at most {moved:.3g} std", flush=True)
-    if moved == 0 and rollout.advantages.result().any():
+    if moved == 0 and rollout.advantages.any():
         raise RuntimeError("the first optimizer step has changed no sample: see --targets, --lr")
 
 # ---------- The loop
@@ -274,9 +254,8 @@ def main(argv=None):
 
     pipe, policy, call = load_generator(args, device)
     records = read_records(args.data, "prompt")
-    template = args.template and Path(args.template).read_text(encoding="utf-8")
     asks = re.search("(^|,) *(flex|score) *(:|,|$)", args.reward)
-    judge = asks and load_judge(args.judge, template=template, max_new_tokens=args.max_new_tokens)
+    judge = asks and load_judge(args.judge, **judge_options(args))
     rewards = load_rewards(args.reward, judge)
     prepare_training(policy, args, device)
     optimizers = make_optimizers(policy)
@@ -292,7 +271,7 @@ def main(argv=None):
         rollouts = []
         for part in sample_seeds(indices, step, args):
             sampled = [sample(pipe, records, seeds, args, call) for seeds in part]
-            start_judging(sampled, judge, rewards, args, device)
+            start_judging(sampled, rollouts[-1:], judge, rewards, args)
             rollouts += sampled
         rollout_s = time.time() - started
 
@@ -302,18 +281,16 @@ def main(argv=None):
         ratio_errors = []
         for update in range(args.updates):
             for rollout in rollouts:
-                advantages = rollout.advantages.result().to(device)             # (B,)
+                rollout.judged.result()
+                advantages = rollout.advantages.to(device)                      # (B,)
                 for i in range(args.sde_steps):
                     ref_mean = rollout.means[i]     # does not matter without KL
                     if args.kl:
                         with torch.no_grad(), disable_lora():
                             ref_mean, _ = mean_at(pipe, rollout, i, args)
                     mean, std = mean_at(pipe, rollout, i, args)                 # (B, ...)
-                    ratio = policy_ratio(rollout.x[i + 1], mean, rollout.means[i], std,
-                                         rollout.noises[i], args.ratio_norm)
+                    ratio = policy_ratio(rollout.x[i + 1], mean, rollout.means[i], std)
                     losses, clipped = grpo_loss(ratio, advantages, args.clip_range)
-                    if args.ratio_norm:             # its other half: every step weighs 1 / |dt|
-                        losses = losses / (rollout.sigmas[i] - rollout.sigmas[i + 1])
                     kl = gaussian_kl(mean, ref_mean, std)
                     loss = (losses + args.kl * kl).sum() / num_terms
                     loss.backward()
@@ -366,8 +343,7 @@ def check_run(args, pipe, records, call):
     errors = []
     for i in range(args.sde_steps):
         mean, std = mean_at(pipe, rollout, i, args)
-        ratio = policy_ratio(rollout.x[i + 1], mean, rollout.means[i], std, rollout.noises[i],
-                             args.ratio_norm)
+        ratio = policy_ratio(rollout.x[i + 1], mean, rollout.means[i], std)
         errors.append((ratio - 1).abs().max().item())
     ratio_error = check_ratio(errors, args)
     if get_rank() == 0:
@@ -380,12 +356,15 @@ def evaluate(pipe, judge, base_media, args, call, step=None):
     media, numbers = evaluate_samples(pipe, args, call, base_media, num)
     if judge is None:
         return numbers
-    rng = random.Random(args.seed)
     records = read_records(args.eval_data, "prompt")[:NUM_COMPARED]
+    rng = random.Random(args.seed)
     schedule = [[rng.choice([(0, 1), (1, 0)])] for _ in records]
-    groups = [(record["prompt"], [load_media(after), load_media(before)], source_of(record))
-              for record, after, before in zip(records, media, base_media)]
-    verdicts = compare_groups(partial(split_over_ranks, judge), groups, schedule)
+
+    def compare(indices):                           # of this rank's samples
+        groups = [(records[i]["prompt"], [load_media(media[i]), load_media(base_media[i])],
+                   source_of(records[i])) for i in indices]
+        return compare_groups(judge, groups, [schedule[i] for i in indices])
+    verdicts = split_over_ranks(compare, range(len(records)))
     rates = win_rates(sum(schedule, []), sum(verdicts, []), 2)
     return {**numbers, "win_rate": rates.overall[0].item()}
 

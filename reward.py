@@ -1,6 +1,5 @@
 """The reward: a vision-language judge compares two images or videos in a hierarchical verdict, and
-the verdicts on a group become win rates and advantages (UnifiedReward-Flex, arXiv 2602.02380).
-Imports nothing of ours: copy it anywhere.
+verdicts on a group become advantages (arXiv 2602.02380). Imports nothing of ours: copy it anywhere.
 
     python reward.py A.png B.png --prompt "a red circle above a blue square"       one verdict
     python reward.py A.png B.png C.png --prompt "..." --html report.html           a ranked group
@@ -407,14 +406,12 @@ class WinRates:
     anchors: dict[str, torch.Tensor]    # {"A": (G,) R_A, "B": ..., "C": ...}
     counts: dict[str, int]              # verdicts, first_wins, second_wins, ties, undecided
 
-def win_rates(pairs, verdicts, num_items, category_weights=None):
-    """WinRates of G items. R_d(i) = wins of i on anchor d / comparisons of i on d, a tie is half a
-    win (Sec. 3.3.2 of arXiv 2602.02380); R_cat(i) = mean over the d that have a value, weighted by
-    category_weights ({"A": 1.0, ...}); R_all(i) from the overall winners. What is undecided counts
-    nowhere, nor does a category that the judge added."""
+def win_rates(pairs, verdicts, num_items):
+    """WinRates of G items (Sec. 3.3.2 of arXiv 2602.02380). R_d(i) = wins of i on anchor d /
+    comparisons of i on d, a tie is half a win; R_cat(i) = mean over the d that have a value; R_all
+    by overall winners. What is undecided counts nowhere, nor does a category the judge added."""
     if len(pairs) != len(verdicts):
         raise ValueError(f"{len(pairs)} pairs but {len(verdicts)} verdicts; expected one each")
-    weights = category_weights or {"A": 1.0, "B": 1.0, "C": 1.0}
     shares = {1: (1.0, 0.0), 2: (0.0, 1.0), 0: (0.5, 0.5)}
 
     def rate(winners):
@@ -426,14 +423,13 @@ def win_rates(pairs, verdicts, num_items, category_weights=None):
                 counts[list(pair)] += 1
         return wins / counts                            # 0 / 0 = NaN
     overall = [verdict.winner for verdict in verdicts]
-    anchors = {name: rate([verdict.winner_on(name) for verdict in verdicts]) for name in weights}
-    rates = torch.stack(list(anchors.values()))         # (D, G)
-    weight = torch.tensor(list(weights.values()), dtype=torch.float64)[:, None] * ~rates.isnan()
-    category = (weight * rates).nansum(0) / weight.sum(0)
+    anchors = {name: rate([verdict.winner_on(name) for verdict in verdicts]) for name in "ABC"}
+    category = torch.stack(list(anchors.values())).nanmean(0)       # of (D, G)
     # float64 rounded to float32, in which (0 + .2 + 1) / 3 and (.4 + .4 + .4) / 3 are equal
     names = {"first_wins": 1, "second_wins": 2, "ties": 0, "undecided": None}
     counts = {name: overall.count(winner) for name, winner in names.items()}
-    return WinRates(rate(overall).float(), category.float(), dict(zip(anchors, rates.float())),
+    anchors = {name: values.float() for name, values in anchors.items()}
+    return WinRates(rate(overall).float(), category.float(), anchors,
                     {"verdicts": len(pairs), **counts})
 
 def normalize(values, std_floor=0.0, eps=1e-8):
@@ -521,17 +517,17 @@ def leave_out_video():
 
 class ServerJudge:
     """OpenAI-compatible servers: ServerJudge(["http://localhost:8000", ...]). ValueError: none
-    answers. `concurrency` requests are in flight. One that takes `timeout` seconds or gets a status
+    answers. `batch_size` requests are in flight. One that takes `timeout` seconds or gets a status
     of 408, 429 or 5xx is tried `retries` times more, at the next URL; then the answer is a
     Failure."""
-    def __init__(self, urls, model=None, template=None, score_template=None, concurrency=32,
+    def __init__(self, urls, model=None, template=None, score_template=None, batch_size=None,
                  timeout=300.0, retries=4, max_new_tokens=None, seed=0):
         self.urls = [re.sub(r"(/v1)?(/chat/completions)?/*$", "", url) for url in urls]
         for url in self.urls:
             if not re.match(r"https?://\w", url):
                 raise ValueError(f"judge {url!r} is no URL; expected http://HOST:PORT")
         self.templates = {Comparison: template, Candidate: score_template}
-        self.concurrency = concurrency
+        self.batch_size = batch_size or 32
         self.timeout = timeout
         self.retries = retries
         model = model or self.request(0, "/v1/models", ("data", 0, "id"))
@@ -542,7 +538,7 @@ class ServerJudge:
     def __call__(self, questions, temperature=0.0):
         """Texts or Failures, in order."""
         jobs = [(i, question, temperature) for i, question in enumerate(questions)]
-        return [answer.result() for answer in run_in_threads(self.ask, jobs, self.concurrency)]
+        return [answer.result() for answer in run_in_threads(self.ask, jobs, self.batch_size)]
 
     def ask(self, number, question, temperature):
         messages, images = build_messages(question, self.templates[type(question)])
@@ -636,6 +632,19 @@ def load_function(name):
         raise ValueError(f"{path} has no function {function_name}")
     return function
 
+def add_judge_options(parser):
+    """The options of every command that asks a judge."""
+    add = parser.add_argument
+    add("--template", help="file with the judge's instruction, holding {prompt}  [the judge's own]")
+    add("--max-new-tokens", type=int, help="longest verdict  [what the judge's folder says, 2048]")
+    add("--judge-batch", type=int, help="questions at a time  [as many as fit 50,000 tokens, 32]")
+
+def judge_options(args):
+    """What load_judge takes, from the options of a command."""
+    template = args.template and Path(args.template).read_text(encoding="utf-8")
+    return {"template": template, "max_new_tokens": args.max_new_tokens,
+            "batch_size": args.judge_batch}
+
 def load_judge(name, **options):
     """A judge by name: FILE.py:function (questions -> texts), a folder, a hub id, or URLs joined by
     commas, which may be followed by #MODEL, and by #JSON with more fields of a request."""
@@ -692,8 +701,7 @@ def parse_args(argv=None):
     add("items", nargs="+", metavar="ITEM", help="images, GIFs, videos or folders of frames")
     add("--prompt", required=True, help="the text that the candidates were generated from")
     add("--judge", default="out/judge-dpo/model", help="folder, hub id, URLs or FILE.py:function")
-    add("--template", help="file with the judge's instruction, holding {prompt}  [the judge's own]")
-    add("--max-new-tokens", type=int, help="longest verdict  [what the judge's folder says, 2048]")
+    add_judge_options(parser)
     add("--pairs", default="all", help="all, or ring:K: each item meets its next K on a ring")
     add("--source", help="the image that the prompt asks to edit or animate")
     add("--score", action="store_true", help="score each item by itself")
@@ -709,9 +717,8 @@ def main(argv=None):
     try:
         instruction(args.prompt)                        # fails before a judge is loaded
         media = [load_media(item) for item in args.items]
-        template = Path(args.template).read_text(encoding="utf-8") if args.template else None
-        judge = load_judge(args.judge, template=template, score_template=template,
-                           max_new_tokens=args.max_new_tokens)
+        options = judge_options(args)
+        judge = load_judge(args.judge, score_template=options["template"], **options)
         source = load_media(args.source) if args.source else []
         if args.score:
             questions = [Candidate(args.prompt, frames, source) for frames in media]

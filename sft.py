@@ -3,15 +3,13 @@
 
     python sft.py                           the toy judge that `python tests/toy.py` makes
     python sft.py --task generator          the toy generator
-    torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data traces.jsonl \\
-        --eval-data pairs.jsonl --optim adamw --lr 2.5e-6 --batch-size 1 --accumulation 4 --fsdp
+    torchrun --nproc_per_node=8 sft.py --model ...      real models: README.md has the commands
 
 After the stage comes the toolbox that all stages share: ranks, LoRA, optimizers, checkpoints, log.
 Shapes: B records, T tokens, N response tokens, V vocabulary, H hidden size; (...) latents.
 """
-import argparse, atexit, contextlib, fcntl, functools, hashlib, json, math, os, platform, re
+import argparse, atexit, contextlib, fcntl, functools, hashlib, json, math, os, re
 import resource, shutil, subprocess, time, warnings
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,12 +28,12 @@ from torch.distributed.fsdp import (
     FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from data import (StopPipeline, batch_indices, denoisers, encode, encode_records,
-                  evaluate_judge, load_pipeline, predict, prediction_type, read_records,
-                  report_long_prompts, run_pipeline, sample_media, seeded_generator, seeded_noise,
-                  unguided)
-from reward import (Candidate, Comparison, LocalJudge, load_function, load_media, parse_score,
-                    report_html)
+from data import (StopPipeline, as_question, batch_indices, denoisers, encode, encode_records,
+                  evaluate_judge, load_pipeline, load_rewards, predict, prediction_type,
+                  read_records, report_long_prompts, reward_values, run_pipeline, sample_media,
+                  seeded_generator, seeded_noise, unguided)
+from reward import (Candidate, Comparison, LocalJudge, add_judge_options, format_verdict,
+                    judge_options, parse_verdict, report_html)
 
 DEFAULTS = {
     "judge": {
@@ -44,6 +42,7 @@ DEFAULTS = {
     "generator": {
         "model": "out/toy/generator", "data": "out/toy/images.jsonl", "out": "out/generator-sft",
         "eval_data": "out/toy/prompts_test.txt", "lr": 4e-3, "max_steps": 750, "batch_size": 128}}
+FIRST_VERDICT = 150                     # the step after which a verdict is printed
 
 def parse_args(argv=None):
     parser = stage_parser(__doc__)          # what all stages share
@@ -78,7 +77,9 @@ def main(argv=None):
     # data: the order is a function of (seed, step) alone, so that resuming needs no loader state
     records = read_records(args.data, "trace")
     per_step = args.batch_size * args.accumulation * get_world_size()
-    start_log(args, model, f"{len(records)} traces, {per_step} a step")
+    own = sum("instruction" in record for record in records)
+    start_log(args, model, f"{len(records)} traces, {own} of them asked in words of their own and "
+              f"not the template's, {per_step} a step")
 
     for step in progress(start, args):
         indices = batch_indices(len(records), per_step, step, args.seed)
@@ -100,6 +101,10 @@ def main(argv=None):
         row.update(sum_over_ranks({"loss": loss_sum}), num_tokens=num_tokens)
         log_row(args, step, row)
         save_checkpoint(args, step, model, optimizers)
+        if step + 1 == FIRST_VERDICT and get_rank() == 0 and not args.fsdp:
+            print(f"\nafter {step + 1} steps the judge says of a held-out pair:")
+            print_verdict(judge, read_records(args.eval_data, "pair")[0])
+            model.train()
 
     save_judge(args, judge)
     finish_log(args, {"after": evaluate_folder(Path(args.out, "model"), args, device)})
@@ -170,7 +175,7 @@ def stage_parser(description):
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", help="folder or hub id to start from  [%(default)s]")
-    add("--template", help="file with the judge's instruction, holding {prompt}  [the judge's own]")
+    add_judge_options(parser)
     add("--data", help="what is trained on, see above  [%(default)s]")
     add("--eval-data", help="held-out pairs (judge) or prompts (generator)  [%(default)s]")
     add("--watch", default="tests/toy_oracle.py:true", help="measures held-out samples, or none")
@@ -203,14 +208,11 @@ def lock_folder(out):
     """Keep a second run out of the folder while this process lives. SystemExit: one is there."""
     Path(out).mkdir(parents=True, exist_ok=True)
     LOCKS.pop(out, None)
-    LOCKS[out] = lock = open(Path(out, "lock"), "a+")
-    lock.seek(0)
+    LOCKS[out] = open(Path(out, "lock"), "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(LOCKS[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SystemExit(f"--out {out} is in use by {lock.read()}: pass another") from None
-    lock.truncate(0)
-    print(f"process {os.getpid()} on {platform.node()}", end="", file=lock, flush=True)
+        raise SystemExit(f"--out {out} is in use by another run: pass another") from None
 
 def setup_distributed(args):
     """This rank's device. SystemExit: inputs are missing, or another run has this --out."""
@@ -230,6 +232,7 @@ def setup_distributed(args):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=4))
@@ -261,9 +264,11 @@ def sum_over_ranks(numbers):
     dist.all_reduce(values)
     return dict(zip(numbers, values.tolist()))
 
+def split(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
 def micro_batches(indices, batch_size):
-    mine = indices[get_rank()::get_world_size()]
-    return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    return split(indices[get_rank()::get_world_size()], batch_size)
 
 # ---------- models
 def repeated_blocks(model):
@@ -335,9 +340,8 @@ def autocast(args, device):
 # ---------- the judge
 def load_trained_judge(args, device):
     """The LocalJudge that is trained, its weights on the CPU where they are to be sharded."""
-    template = args.template and Path(args.template).read_text(encoding="utf-8")
-    judge = LocalJudge(args.model, template=template, device="cpu" if args.fsdp else device,
-                       dtype=weights_dtype(args, device))
+    judge = LocalJudge(args.model, device="cpu" if args.fsdp else device,
+                       dtype=weights_dtype(args, device), **judge_options(args))
     judge.model.set_attn_implementation("sdpa" if device.type == "cuda" else "eager")
     return judge
 
@@ -400,12 +404,18 @@ def token_logps(model, hidden, targets):
         return TokenLogps.apply(hidden.to(dtype), head.weight, targets, size)
 
 def evaluate_folder(folder, args, device):
-    """{name: number} of a judge on the pairs of --eval-data; its first verdict is printed."""
-    ask = functools.partial(split_over_ranks, LocalJudge(folder, device=device))
-    numbers, verdict = evaluate_judge(ask, read_records(args.eval_data, "pair"))
+    """{name: number} of a judge on the pairs of --eval-data; a verdict is printed."""
+    judge = LocalJudge(folder, device=device, **judge_options(args))
+    pairs = read_records(args.eval_data, "pair")
+    numbers = evaluate_judge(judge, pairs, share=split_over_ranks)
     if get_rank() == 0:
-        print(verdict.encode(errors="replace").decode(), flush=True)     # half a character
+        print_verdict(judge, pairs[0])
     return numbers
+
+def print_verdict(judge, pair):
+    judge.model.eval()
+    text = format_verdict(parse_verdict(judge([as_question(pair)])[0]), pair["prompt"])
+    print(text.encode(errors="replace").decode(), flush=True)           # half a character
 
 def save_judge(args, judge):
     """Write args.out/model, with the wording of the questions, and args.out/adapter, if any."""
@@ -424,43 +434,6 @@ def load_generator(args, device):
     """(the pipeline, a dict of its denoisers, the arguments of its call)"""
     pipe = load_pipeline(args.model, device, weights_dtype(args, device), fsdp=args.fsdp)
     return pipe, denoisers(pipe), {**pipe.call_args, **args.pipe_args}
-
-@dataclass
-class Reward:
-    weight: float
-    name: str
-    function: object        # function(media, prompts) -> B numbers; None for "flex", by comparisons
-
-def load_rewards(text, judge=None):
-    """[Reward, ...] of "flex:0.7,FILE.py:function:0.3": flex, verdicts on pairs; score, the judge's
-    pointwise scores; FILE.py:function; none. Weights default to 1."""
-    def scores(media, prompts):
-        questions = [Candidate(p, load_media(frames)) for p, frames in zip(prompts, media)]
-        values = [parse_score(text) for text in judge(questions)]
-        return [math.nan if value is None else value for value in values]
-    rewards = []
-    for part in text.split(",") if text != "none" else []:
-        name, weight = re.fullmatch(r"(.*?)(?::(-?\d*\.?\d+))?", part.strip()).groups()
-        function = {"flex": None, "score": scores}.get(name) or load_function(name)
-        if function is None and name != "flex":
-            raise ValueError(f"reward '{name}': pass flex, score or FILE.py:function, as flex:0.7")
-        rewards.append(Reward(float(weight or 1), name, function))
-    return rewards
-
-def reward_values(reward, media, prompts):
-    """{name: (B,) tensor} of a Reward's function; ValueError: not a number for each item."""
-    values = reward.function(media, prompts)
-    columns = values if isinstance(values, dict) else {reward.name: values}
-    tensors = {}
-    for name, column in columns.items():
-        try:
-            tensors[name] = torch.as_tensor(column, dtype=torch.float32).cpu()
-        except (TypeError, ValueError, RuntimeError):
-            tensors[name] = torch.zeros(0)
-        if tensors[name].shape != (len(media),) or tensors[name].isinf().any():
-            raise ValueError(f"reward {name} returned {str(column)[:500]} for {len(media)} items; "
-                             "expected one finite number (or NaN) for each")
-    return tensors
 
 def dry_run(pipe, records, args, call):
     """Predict for two prompts at two noise levels, and one by one if that is something else.
@@ -500,28 +473,37 @@ def dry_run(pipe, records, args, call):
         raise ValueError(f"it tells its denoiser other times than 1000 sigma, {scale * sigmas}")
 
 def evaluate_samples(pipe, args, call, before=None, num=None):
-    """(media, {name: mean}) of samples for --eval-data by --watch; a page shows 32 of them."""
+    """({number: frames}, {name: mean}) of samples for --eval-data by --watch. Media stay on the
+    rank that made them, but for the first ones, which a page shows."""
     records = read_records(args.eval_data, "prompt")[:num]
-    prompts = [record["prompt"] for record in records]
+    rewards = load_rewards(args.watch)
+    num_shared = max(32, get_world_size())
+    media = {}
 
     def sample(indices):
+        share = [records[i] for i in indices]
         seeds = [("held out", i) for i in indices]
-        return sample_media(pipe, [records[i] for i in indices], seeds, args.batch_size, call)
-    with autocast(args, pipe.device):
-        media = split_over_ranks(sample, range(len(records)))
-    figures = []
-    for i, prompt in enumerate(prompts[:32]):
-        if before:
-            figures.append((f"before: {prompt}", before[i], False))
-        figures.append(("after" if before else prompt, media[i], False))
+        with autocast(args, pipe.device):
+            samples = sample_media(pipe, share, seeds, args.batch_size, call)
+        columns = {}
+        for reward in rewards:
+            columns |= reward_values(reward, samples, [record["prompt"] for record in share])
+        rows = []
+        for k, i in enumerate(indices):
+            media[i] = samples[k]
+            numbers = {name: values[k] for name, values in columns.items()}
+            rows.append((numbers, samples[k] if i < num_shared else None))
+        return rows
+    numbers, shared = zip(*split_over_ranks(sample, range(len(records))))
+    media |= dict(enumerate(shared[:num_shared]))
+    figures = [(record["prompt"], (before[i] if before else []) + media[i], False)
+               for i, record in enumerate(records[:32])]
     if get_rank() == 0:
-        page = Path(args.out, "before_after.html" if before else "samples.html")
-        page.write_text(report_html("held out", figures), errors="replace")
-    numbers = {}
-    for reward in load_rewards(args.watch):
-        for name, values in reward_values(reward, media, prompts).items():
-            numbers[name] = values.nanmean().item()
-    return media, numbers
+        name, title = ("before_after", "before and after") if before else ("samples", "held out")
+        Path(args.out, f"{name}.html").write_text(report_html(title, figures), errors="replace")
+    names = dict.fromkeys(name for row in numbers for name in row)
+    columns = {name: torch.stack([row[name] for row in numbers if name in row]) for name in names}
+    return media, {name: values.nanmean().item() for name, values in columns.items()}
 
 def save_generator(args, pipe, call):
     """Write args.out/model, the pipeline's folder with the trained denoisers, and the adapter."""
@@ -720,6 +702,8 @@ def save_checkpoint(args, step, policy, optimizers):
             shutil.rmtree(old)
     gather_list([])
 
+MAY_DIFFER = ("resume", "out", "save_every", "judge_batch")
+
 def run_options(args):
     """What a resumed run has to share with the first: options, ranks and the records themselves."""
     digest = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
@@ -737,7 +721,7 @@ def load_checkpoint(args, policy, optimizers):
     saved = json.loads((newest / "args.json").read_text())
     changed = [f"{name} {saved.get(name)!r} -> {value!r}"
                for name, value in run_options(args).items()
-               if saved.get(name) != value and name not in ("resume", "out", "save_every")]
+               if saved.get(name) != value and name not in MAY_DIFFER]
     if changed:
         raise ValueError(f"--resume: {newest} was made with other options: {', '.join(changed)}")
     state = training_state(policy, optimizers)
@@ -755,7 +739,6 @@ def start_log(args, policy, description):
     if get_rank() > 0:
         return
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     for old in [*out.glob("log.jsonl"), *out.glob("step_*")] if not args.resume else []:
         print(f"{old} of an earlier run is removed", flush=True)
         shutil.rmtree(old) if old.is_dir() else old.unlink()

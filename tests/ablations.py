@@ -192,7 +192,7 @@ def joint(args, seed):
         rows = stage(args, "sft.py", folder, "--model", Path(args.toy, "judge"), "--data", folder.with_suffix(".jsonl"), "--eval-data", few,
                      "--seed", seed, "--max-steps", steps)
         judge, pairs = LocalJudge(folder / "model", score_template="{prompt}", **JUDGED), held_out["pair"]
-        result, _ = data.evaluate_judge(judge, pairs)
+        result = data.evaluate_judge(judge, pairs)
         numbers = {"comparisons": result["winner_accuracy"], "loss": [row["loss"] for row in rows if "loss" in row][-1]}
         texts = {kind: judge([Candidate(r["instruction"], r["images"]) for r in held_out[kind]]) for kind in ("score", "question")}
         scores, labels = ([parse_score(t) for t in side] for side in (texts["score"], [r["response"] for r in held_out["score"]]))

@@ -29,9 +29,7 @@ import data
 import grpo
 from plots import plot
 
-ALGORITHMS = {"Flow-GRPO": ["--sde-steps", "9", "--no-ratio-norm"],
-              "first 3 steps": ["--no-ratio-norm"],
-              "first 3 steps + RatioNorm": []}
+ALGORITHMS = {"Flow-GRPO": ["--sde-steps", "9"], "first 3 steps": []}
 CPU_CLOCK = "import sys, time; time.time = time.process_time; import grpo; grpo.main(sys.argv[1:])"
 VERDICT = json.dumps({"categories": [{"name": f"{a}. x", "dims": [], "cat_winner": "Image 1"} for a in "ABC"], "winner": "Image 1"})
 

@@ -139,10 +139,10 @@ def read_rows(log):
 
 
 def running_mean(curve, width):
-    """The curve of means over the last `width` points."""
+    """The curve of means over about `width` points around each, so that it does not lag."""
     points = []
     for i, (x, _) in enumerate(curve):
-        ys = [y for _, y in curve[max(0, i + 1 - width):i + 1]]
+        ys = [y for _, y in curve[max(0, i - width // 2):i + width // 2 + 1]]
         points.append((x, sum(ys) / len(ys)))
     return points
 
@@ -186,13 +186,17 @@ def draw_curves(log, width=360, height=230, columns=4):
 
 def read_pairs(page):
     """[(prompt, image before, image after), ...] of a stage's before_after.html."""
-    pattern = '<figcaption>(.*?)</figcaption><img src="data:image/png;base64,([^"]+)"'
-    figures = re.findall(pattern, Path(page).read_text())
-    images = [Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB") for _, data in figures]
-    prompts = [html.unescape(caption.removeprefix("before: ")) for caption, _ in figures]
-    if not figures or len(figures) % 2:
-        raise ValueError(f"{page}: {len(figures)} images; expected pairs of them, before and after")
-    return list(zip(prompts[::2], images[::2], images[1::2]))
+    pairs = []
+    for figure in Path(page).read_text().split("<figcaption>")[1:]:
+        prompt = html.unescape(figure.split("</figcaption>")[0])
+        images = re.findall('<img src="data:image/png;base64,([^"]+)"', figure)
+        if not images or len(images) % 2:
+            raise ValueError(f"{page}: {len(images)} images of {prompt!r}; expected pairs of them, "
+                             "before and after")
+        ends = [images[0], images[len(images) // 2]]                # the first frames of clips
+        decoded = [Image.open(io.BytesIO(base64.b64decode(data))) for data in ends]
+        pairs.append((prompt, *[image.convert("RGB") for image in decoded]))
+    return pairs
 
 
 def is_true(prompt, image):

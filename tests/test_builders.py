@@ -68,6 +68,7 @@ def use_judges(monkeypatch, **judges):
         return lambda questions, temperature=0.0: [judges[name](question, temperature) for question in questions]
     monkeypatch.setattr(data, "load_judge", load)
     monkeypatch.setattr(dpo, "load_judge", load)
+    monkeypatch.setattr(dpo, "swap_at_random", lambda record, rng: record)      # texts name a place
 
 
 def sample(folder, path, *options):
@@ -380,6 +381,15 @@ def policy_of(texts):
     return lambda question, temperature: left[question.prompt].pop(0)
 
 
+def test_pairs_whose_better_image_always_comes_first_teach_no_position(tmp_path):
+    """As in HPDv3's files. The function sees what is shown: a judge that says Image 1 is right for half of the pairs."""
+    (tmp_path / "first.py").write_text(f"def judge(questions):\n    return [{CLEAN!r}, '?'] * (len(questions) // 2)\n")
+    pairs = write_pairs(tmp_path, *["Image 1"] * 40)
+    found = sample(tmp_path, pairs, "--sampler", f"{tmp_path}/first.py:judge", "--num-samples", "2")
+    assert 10 < len(found) < 30 and {r["winner"] for r in found} == {"Image 1"}
+    assert {Image.open(r["images"][0]).getpixel((0, 0)) for r in found} == {(255, 0, 0)}
+
+
 def test_the_three_cases_and_the_heuristic(tmp_path, monkeypatch, capsys):
     use_judges(monkeypatch, policy=policy_of([[trace(2), CLEAN, "?"], [FAULTY, CLEAN, FAULTY], [CLEAN] * 3, [trace(2), "?", Failure("x")], [Failure("x")] * 3, [CLEAN, Failure("x"), FAULTY]]))
     found = sample(tmp_path, write_pairs(tmp_path, *["Image 1"] * 6, "Tie"), "--sampler", "policy", "--num-samples", "3")
@@ -468,8 +478,9 @@ def test_dpo_stops_after_sampling_without_steps(judge_folder, tmp_path, capsys):
     out = tmp_path / "run"
     dpo.main(["--model", judge_folder, "--data", pairs, "--eval-data", pairs, "--out", str(out),
               "--sampler", f"{tmp_path}/mine.py:both", "--num-samples", "2", "--max-steps", "0"])
-    kept = [(row["chosen"], row["rejected"]) for row in rows(out / "preferences.jsonl")]
-    assert kept == [(trace(1), trace(2)), (trace(2), trace(1))]
+    kept = rows(out / "preferences.jsonl")
+    winners = [int(row["winner"][-1]) for row in kept]          # of what was shown
+    assert [(row["chosen"], row["rejected"]) for row in kept] == [(trace(w), trace(3 - w)) for w in winners]
     assert "2 preferences" in capsys.readouterr().out and not list(out.glob("step_*"))
 
 

@@ -200,10 +200,8 @@ def test_a_run_resumes_exactly_and_its_adapter_loads_in_diffusers(tmp_path, caps
     assert "2 pairs of 3 are no ties, 2 a step" in said
     log, saved = rows(out), weights(out, 4)
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and log[0]["rewards/margin"] == pytest.approx(0, abs=1e-5) != log[-1]["rewards/margin"]
-    assert all(row["error/chosen"] > 0 < row["error/rejected"] for row in log)
-    assert log[0]["error_ref/chosen"] == pytest.approx(log[0]["error/chosen"], rel=1e-4) and log[-1]["error_ref/rejected"] != log[-1]["error/rejected"]
     page = (out / "before_after.html").read_text()
-    assert page.count("<img") == 4 and "before: a cat" in page
+    assert page.count("<img") == 4 and "before and after" in page and "<figcaption>a cat" in page
     shutil.rmtree(out / "step_000004")
     dpo.main([*args, "--resume"])
     again = weights(out, 4)

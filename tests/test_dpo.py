@@ -1,6 +1,7 @@
 """The DPO loss, the log-probabilities under it, the ranking of traces, whole runs."""
 import math
 import re
+import random
 import shutil
 from pathlib import Path
 
@@ -108,7 +109,10 @@ def test_traces_are_sampled_ranked_kept_and_reused(judge_folder, toy_folder, tmp
     dpo.main(args)
     pairs = data.read_records(f"{toy_folder}/pairs.jsonl", "pair")
     preferred = data.read_records(tmp_path / "preferences.jsonl", "preference")
-    assert [r["prompt"] for r in preferred] == [p["prompt"] for p in pairs if p["winner"] == "Image 1"]
+    rng = random.Random(0)                           # pairs are shown in a random order
+    shown = [data.swap_at_random(p, rng) for p in pairs if p["winner"] != "Tie"]
+    assert [r["prompt"] for r in preferred] == [p["prompt"] for p in shown if p["winner"] == "Image 1"]
+    assert [p["winner"] for p in shown] != [p["winner"] for p in pairs if p["winner"] != "Tie"]
     assert all((r["chosen"], r["rejected"]) == (GOOD, FAULTY) for r in preferred)
     assert data.as_question(preferred[0]).media_1[0].size == (48, 48)
     num_questions = TwoWordings.asked

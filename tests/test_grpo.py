@@ -17,7 +17,6 @@ from torch.distributions import Normal
 import data
 import grpo
 import reward
-import sft
 from conftest import ROOT
 from data import run_pipeline, seeded_generator
 from test_dpo import GOOD
@@ -26,7 +25,7 @@ from test_sft import rows, weights
 PROMPTS = ["a red circle", "a blue star above a green square"]
 RECORDS = [{"prompt": prompt} for prompt in PROMPTS]
 SEEDS = [(0, 0, 0, 0), (0, 0, 1, 1)]                 # (seed, step, prompt's index, member)
-FLEX = sft.Reward(1.0, "flex", None)
+FLEX = data.Reward(1.0, "flex", None)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def options(files, generator_folder, out, *extra):
 
 
 def arguments(*extra):
-    return grpo.parse_args(["--no-ratio-norm", "--kl", "0", *extra])
+    return grpo.parse_args(["--kl", "0", *extra])
 
 
 def call(pipe, **extra):
@@ -68,10 +67,10 @@ def call(pipe, **extra):
 # ---------------------------------------------------------------- the sampler
 
 def test_the_ratio_is_that_of_normal_densities():
-    x, mean, old, noise = torch.randn(4, 3, 9, 32)
+    x, mean, old = torch.randn(3, 3, 9, 32)
     std = torch.tensor(.3)
     expected = (Normal(mean, std).log_prob(x) - Normal(old, std).log_prob(x)).mean((1, 2)).exp()
-    torch.testing.assert_close(grpo.policy_ratio(x, mean, old, std, noise, False), expected)
+    torch.testing.assert_close(grpo.policy_ratio(x, mean, old, std), expected)
 
 
 def test_sde_step_worked_by_hand():
@@ -104,7 +103,7 @@ def test_eta_0_is_the_stock_euler_sampler_bit_for_bit(pipe):
     with torch.no_grad():
         stock = run_pipeline(pipe, generator=generators, **call(pipe, prompt=PROMPTS))[0]
     assert torch.equal(torch.stack([frame for frame, in rollout.media]), stock) and stock.std() > .01
-    assert len(rollout.x) == 4 and len(rollout.means) == len(rollout.noises) == 3
+    assert len(rollout.x) == 4 and len(rollout.means) == 3
     assert len(rollout.sigmas) == len(rollout.timesteps) + 1 == pipe.call_args["num_inference_steps"] + 1
 
 
@@ -113,8 +112,8 @@ def test_a_rollout_records_its_own_noise(pipe):
     rollout = grpo.sample(pipe, RECORDS, SEEDS, arguments(), call(pipe))
     for i in range(3):
         std = grpo.sde_step(rollout.sigmas, i, rollout.x[i], rollout.x[i], .7)[1]
-        torch.testing.assert_close(rollout.x[i + 1], rollout.means[i] + std * rollout.noises[i])
-        assert torch.equal(rollout.noises[i][1], data.seeded_noise(rollout.x[0].shape[1:], *SEEDS[1], i))
+        noise = torch.stack([data.seeded_noise(rollout.x[0].shape[1:], *seed, i) for seed in SEEDS])
+        assert torch.equal(rollout.x[i + 1], rollout.means[i] + std * noise)
 
 
 def test_image_is_a_function_of_its_prompt_and_seed(pipe):
@@ -138,14 +137,6 @@ def test_schedules_that_the_sde_does_not_fit_are_refused(pipe):
 
 # ---------------------------------------------------------------- the objective
 
-def test_ratio_norm_is_the_log_ratio_without_its_quadratic_term_times_std():
-    old, new, noise, std = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.tensor(.4)
-    x = old + std * noise
-    plain = grpo.policy_ratio(x, new, old, std, noise, False).log()
-    quadratic = ((new - old) ** 2).mean((1, 2)) / (2 * std ** 2)
-    torch.testing.assert_close(grpo.policy_ratio(x, new, old, std, noise, True).log(), (plain + quadratic) * std)
-
-
 def test_grpo_loss_worked_by_hand():
     losses, clipped = grpo.grpo_loss(torch.tensor([1., 1.5, 1.5, .5, .5]), torch.tensor([2., 2., -2., 2., -2.]), .2)
     torch.testing.assert_close(losses, torch.tensor([-2., -2.4, 3., -1., 1.6]))     # the pessimistic side of the clip
@@ -158,9 +149,8 @@ def test_gaussian_kl_is_torchs():
     torch.testing.assert_close(grpo.gaussian_kl(mean, other, std), theirs)
 
 
-@pytest.mark.parametrize("ratio_norm", [False, True])
 @pytest.mark.parametrize("batch_size", [6, 1])
-def test_first_update_is_the_policy_gradient(ratio_norm, batch_size, generator_folder, files, tmp_path, monkeypatch):
+def test_first_update_is_the_policy_gradient(batch_size, generator_folder, files, tmp_path, monkeypatch):
     """What main has accumulated at its first update is the gradient of -A mean log-prob, written out by hand."""
     rollouts, pipes = [], []
     sample, optimizer_step = grpo.sample, grpo.optimizer_step
@@ -181,8 +171,7 @@ def test_first_update_is_the_policy_gradient(ratio_norm, batch_size, generator_f
                 v = data.predict(pipes[0], rollout.x[i], rollout.timesteps[i], **rollout.call)
                 mean, std = grpo.sde_step(rollout.sigmas, i, rollout.x[i], v, .7)
                 logp = Normal(mean, std).log_prob(rollout.x[i + 1]).mean((1, 2))
-                scale = std / (rollout.sigmas[i] - rollout.sigmas[i + 1]) if ratio_norm else 1.0
-                (-(rollout.advantages.result() * logp * scale).sum() / 18).backward()
+                (-(rollout.advantages * logp).sum() / 18).backward()
         for name, p in policy.named_parameters():
             if p.grad is not None:
                 torch.testing.assert_close(ours[name], p.grad, atol=1e-5, rtol=1e-3)
@@ -192,7 +181,7 @@ def test_first_update_is_the_policy_gradient(ratio_norm, batch_size, generator_f
     monkeypatch.setattr(grpo, "sample", keep_rollouts)
     monkeypatch.setattr(grpo, "optimizer_step", compare)
     grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:bright", "--kl", "0",
-                      "--batch-size", str(batch_size), "--ratio-norm" if ratio_norm else "--no-ratio-norm"))
+                      "--batch-size", str(batch_size)))
     row, = rows(tmp_path / "run")
     assert row["ratio_error"] == 0 and row["clip_fraction"] == 0
 
@@ -216,8 +205,8 @@ def test_advantages_stay_within_groups_and_are_counted():
         records = [{"prompt": "a"}] * 3 + [{"prompt": "b"}] * 3
         seeds = [(0, 0, n // 3, n % 3) for n in range(6)]
         rollout = grpo.Rollout({}, seeds, records, media)
-        grpo.judge_rollouts([rollout], judge, rewards, args)
-        return rollout.advantages.result(), grpo.reward_numbers([rollout], args)
+        grpo.judge_rollouts([rollout], [], judge, rewards, args)
+        return rollout.advantages, grpo.reward_numbers([rollout], args)
 
     advantages, numbers = step(judge, [FLEX])
     torch.testing.assert_close(advantages, torch.tensor([-1., 1., 0., 1., -1., 0.]))
@@ -227,11 +216,11 @@ def test_advantages_stay_within_groups_and_are_counted():
     assert numbers["verdicts"] == 6 and numbers["undecided"] == numbers["zero_variance_groups"] == 1
     assert advantages.eq(0).all() and numbers["judge_failures"] == 0
     assert step(lambda c: [reward.Failure("down")] * len(c), [FLEX])[1]["judge_failures"] == 1
-    index = sft.Reward(.3, "index", lambda media, prompts: [{10: 0, 30: 0, 20: 0, 250: 5, 200: 6, 240: 7}[frames[0].getpixel((0, 0))[0]] for frames in media])
-    advantages, numbers = step(judge, [sft.Reward(.7, "flex", None), index])     # a further reward, told apart inside its group only
+    index = data.Reward(.3, "index", lambda media, prompts: [{10: 0, 30: 0, 20: 0, 250: 5, 200: 6, 240: 7}[frames[0].getpixel((0, 0))[0]] for frames in media])
+    advantages, numbers = step(judge, [data.Reward(.7, "flex", None), index])     # a further reward, told apart inside its group only
     torch.testing.assert_close(advantages, torch.tensor([-.7, .7, 0, .7 - .3, -.7, .3]))
     assert numbers["reward/index"] == 3 and numbers["verdicts"] == 6
-    assert step(judge, [sft.Reward(100.0, "flex", None)])[0].abs().max() == 5
+    assert step(judge, [data.Reward(100.0, "flex", None)])[0].abs().max() == 5
 
 
 def test_a_judge_sees_8_frames_of_a_long_clip_as_in_its_training(tmp_path, monkeypatch):
@@ -243,10 +232,10 @@ def test_a_judge_sees_8_frames_of_a_long_clip_as_in_its_training(tmp_path, monke
 
     seeds = [(0, 0, 0, 0), (0, 0, 0, 1)]
     rollout = grpo.Rollout({}, seeds, [{"prompt": "a cat"}] * 2, clips)
-    grpo.judge_rollouts([rollout], judge, [FLEX], grpo.parse_args(["--group-size", "2", "--pairs", "all"]))
-    assert rollout.advantages.result().abs().min() > 0
-    score, = sft.load_rewards("score", lambda asked: questions.extend(asked) or ["Final Score: 3"])
-    assert sft.reward_values(score, clips[:1], ["a cat"])["score"].tolist() == [3]
+    grpo.judge_rollouts([rollout], [], judge, [FLEX], grpo.parse_args(["--group-size", "2", "--pairs", "all"]))
+    assert rollout.advantages.abs().min() > 0
+    score, = data.load_rewards("score", lambda asked: questions.extend(asked) or ["Final Score: 3"])
+    assert data.reward_values(score, clips[:1], ["a cat"])["score"].tolist() == [3]
     (tmp_path / "prompts.txt").write_text("a cat\n")
     monkeypatch.setattr(grpo, "evaluate_samples", lambda *args: (clips[:1], {}))
     args = grpo.parse_args(["--eval-data", str(tmp_path / "prompts.txt"), "--out", str(tmp_path)])
@@ -322,7 +311,7 @@ def test_batches_of_groups_and_of_parts_of_them_give_the_same_update(generator_f
 def test_several_updates_of_a_rollout_leave_ratio_1(generator_folder, judge_folder, files, tmp_path, monkeypatch):
     fake_verdicts(monkeypatch)
     grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", judge_folder, "--updates", "2", "--max-steps", "2",
-                      "--lr", "1e-2", "--category-weights", "1", "1", "1"))
+                      "--lr", "1e-2"))
     first, second = rows(tmp_path / "run")
     assert first["ratio_error"] == second["ratio_error"] == 0 and first["clip_fraction"] > 0 and second["kl"] > 0
 

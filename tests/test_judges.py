@@ -27,7 +27,7 @@ import reward
 import sft
 from reward import (Candidate, Comparison, Failure, LocalJudge, ServerJudge, format_verdict, group_advantages, load_media, normalize,
                     parse_verdict, sample_pairs, win_rates)
-from sft import load_rewards, reward_values
+from data import load_rewards, reward_values
 from test_reward import GOOD, NAMES, OTHER, answer, category, rates_of, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,7 +173,7 @@ def test_answers_keep_their_order_and_move_to_the_server_that_lives(monkeypatch)
         else:
             handler.say(f"answer to {text}" if text != "q7" else "")
     with server(behave) as (url, seen):
-        judge = judge_of(f"http://127.0.0.1:{free_port()}", url + "/v1/", model=None, concurrency=4, retries=3)
+        judge = judge_of(f"http://127.0.0.1:{free_port()}", url + "/v1/", model=None, batch_size=4, retries=3)
         assert judge.body["model"] == "toy"
         texts = judge([question(f"q{i}") for i in range(12)] + [Candidate("one", [picture()])])
         assert texts[:12] == [f"answer to q{i}" * (i != 7) for i in range(12)] and "Final Score" in seen[-1] + seen[-2] + seen[-3] + seen[-4]
@@ -187,10 +187,10 @@ def test_a_server_that_dies_in_the_middle_costs_only_what_it_had_not_answered():
         else:
             handler.say(GOOD)
     with server(behave) as (url, seen):
-        texts = judge_of(url, concurrency=1)([question(f"q{i}") for i in range(10)])
+        texts = judge_of(url, batch_size=1)([question(f"q{i}") for i in range(10)])
     assert texts[:4] == [GOOD] * 4 and all(isinstance(text, Failure) for text in texts[4:])
     pair = {"prompt": "p", "images": [picture("red"), picture("blue")], "winner": "Image 1"}
-    result, _ = data.evaluate_judge(lambda asked: texts, [pair] * 5)
+    result = data.evaluate_judge(lambda asked: texts, [pair] * 5)
     assert result["failures"] == 6 and result["parse_rate"] == .4
 
 
@@ -260,7 +260,7 @@ def test_transformers_serve_answers_like_the_local_judge(judge_folder, tmp_path)
 
 # ------------------------------------------------------------------------------------------------ the arithmetic
 
-def brute_force(num_items, pairs, winners, anchors, weights, alpha):
+def brute_force(num_items, pairs, winners, anchors, alpha):
     """Advantages by loops, straight from the definitions; anchors: [{anchor: winner}] per pair."""
     rate = {}
     for i in range(num_items):
@@ -269,7 +269,7 @@ def brute_force(num_items, pairs, winners, anchors, weights, alpha):
             return sum(mine) / len(mine) if mine else None
         each = {d: share([v.get(d) for v in anchors]) for d in "ABC"}
         known = {d: r for d, r in each.items() if r is not None}
-        category = sum(weights[d] * r for d, r in known.items()) / sum(weights[d] for d in known) if known else None
+        category = sum(known.values()) / len(known) if known else None
         rate[i] = category, share(winners)
 
     def z(values):
@@ -280,17 +280,16 @@ def brute_force(num_items, pairs, winners, anchors, weights, alpha):
     return [alpha * c + (1 - alpha) * o for c, o in zip(z([c for c, _ in rate.values()]), z([o for _, o in rate.values()]))]
 
 
-@pytest.mark.parametrize("weights,alpha", [("paper", .7), ("paper", 0), ("code", .7), ("paper", 1)])
-def test_advantages_of_several_prompts_against_brute_force(weights, alpha):
-    """Weights: equal as in the paper, or 1, .7, .7 as in the original FLUX script."""
-    weights, rng = {"paper": dict(A=1., B=1., C=1.), "code": dict(A=1., B=.7, C=.7)}[weights], random.Random(1)
+@pytest.mark.parametrize("alpha", [.7, 0, 1])
+def test_advantages_of_several_prompts_against_brute_force(alpha):
+    rng = random.Random(1)
     for num_items in (4, 5):
         for pairs in (sample_pairs(num_items, "all", rng), [p[::d] for p in sample_pairs(num_items, "ring:2", rng) for d in (1, -1)]):
             winners = [rng.choice([1, 2, 1, 2, 0]) for _ in pairs]
             anchors = [{d: rng.choice([1, 2, 0]) for d in "ABC"} for _ in pairs]
             verdicts = [verdict(w, **a) for w, a in zip(winners, anchors)]
-            ours = group_advantages(win_rates(pairs, verdicts, num_items, category_weights=weights), alpha)
-            assert ours.tolist() == pytest.approx(brute_force(num_items, pairs, winners, anchors, weights, alpha), abs=1e-4)
+            ours = group_advantages(win_rates(pairs, verdicts, num_items), alpha)
+            assert ours.tolist() == pytest.approx(brute_force(num_items, pairs, winners, anchors, alpha), abs=1e-4)
         assert len(pairs) == num_items * (num_items - 1) and sorted(pairs) == sorted(p[::-1] for p in pairs)
 
 

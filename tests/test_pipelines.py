@@ -35,7 +35,7 @@ def policy_gradient(pipe, rollout, advantages, args):
     errors = []
     for i in range(args.sde_steps):
         mean, std = grpo.mean_at(pipe, rollout, i, args)
-        ratio = grpo.policy_ratio(rollout.x[i + 1], mean, rollout.means[i], std, rollout.noises[i], args.ratio_norm)
+        ratio = grpo.policy_ratio(rollout.x[i + 1], mean, rollout.means[i], std)
         losses, _ = grpo.grpo_loss(ratio, advantages, args.clip_range)
         losses.mean().backward()
         errors.append((ratio - 1).abs().max().item())

@@ -37,7 +37,8 @@ def runs(judge_folder, generator_folder, toy_folder, tmp_path_factory):
               "sftlora": ["sft", *judge, "--model", judge_folder, "--lora-rank", "4", "--optim", "adamw"],
               "generator": ["sft", *generator, "--model", generator_folder, "--optim", "adamw"],
               "dpolora": ["dpo", *judge, "--model", judge_folder, "--data", preferences(path), "--lora-rank", "4"],
-              "grpo": [*grpo, *prompts, "--model", generator_folder, "--lora-rank", "4", "--group-size", "3", "--kl", "10", "--num-prompts", "4"]}
+              "grpo": [*grpo, *prompts, "--model", generator_folder, "--lora-rank", "4", "--group-size", "3", "--kl", "10", "--num-prompts", "4",
+                       "--watch", f"{path}/bright.py:bright"]}
     pipe, call = make("Wan 2.2")                     # two experts, which ranks at different noise levels would mix up
     pipe.save_pretrained(path / "wan")
     (path / "prompts.txt").write_text("a cat\na dog\na cube\n")
@@ -69,6 +70,9 @@ def test_ranks_equal_one_process(run, runs):
     apart = max((a[k] - b[k]).abs().max().item() for k in a)
     assert apart < 1.5e-4, apart                     # of 2 steps of 1e-4: Adam's sign may flip where a gradient is nearly 0
     assert (runs / run / "model").exists()
+    ends = [json.loads((runs / name / "log.jsonl").read_text().splitlines()[-1]) for name in (single, run)]
+    for column, numbers in ends[0].items():          # of held-out samples, each rank its share
+        assert ends[1][column] == pytest.approx(numbers, rel=1e-3, abs=1e-3, nan_ok=True)
 
 
 def test_a_failing_rank_ends_the_run_with_its_message(judge_folder, toy_folder, tmp_path):

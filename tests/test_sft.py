@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 from transformers import AutoModelForImageTextToText
 
@@ -387,10 +388,29 @@ def test_missing_toy_files_name_the_commands(tmp_path, monkeypatch):
         sft.main([])
 
 
-def test_half_a_character_in_a_verdict_does_not_stop_the_stage(monkeypatch, capsys):
-    monkeypatch.setattr(sft, "LocalJudge", lambda folder, device: None)
-    monkeypatch.setattr(sft, "read_records", lambda path, kind: [])
-    monkeypatch.setattr(sft, "evaluate_judge", lambda ask, pairs: ({"failures": 0}, "wins \ud83d"))
-    args = sft.parse_args(["--eval-data", "pairs.jsonl"])
-    assert sft.evaluate_folder("judge", args, torch.device("cpu")) == {"failures": 0}
-    assert capsys.readouterr().out == "wins ?\n"
+def test_half_a_character_in_a_verdict_does_not_stop_the_stage(tmp_path, monkeypatch, capsys):
+    class Judge:
+        model = torch.nn.Linear(1, 1)
+
+        def __call__(self, questions):
+            return ['{"winner": "Image 1", "reason": "\\ud83d"}'] * len(questions)
+    pair = {"prompt": "a cat", "images": [Image.new("RGB", (4, 4))] * 2, "winner": "Image 1"}
+    options = {}
+    monkeypatch.setattr(sft, "LocalJudge", lambda folder, **given: options.update(given) or Judge())
+    monkeypatch.setattr(sft, "read_records", lambda path, kind: [pair])
+    (tmp_path / "words.txt").write_text("Compare: {prompt}")
+    args = sft.parse_args(["--eval-data", "pairs.jsonl", "--judge-batch", "3", "--max-new-tokens", "9",
+                           "--template", str(tmp_path / "words.txt")])
+    assert sft.evaluate_folder("judge", args, torch.device("cpu"))["failures"] == 0
+    assert "overall: 1 wins. ?\n" in capsys.readouterr().out
+    assert options == {"device": torch.device("cpu"), "batch_size": 3, "max_new_tokens": 9, "template": "Compare: {prompt}"}
+
+
+def test_a_verdict_is_printed_while_the_judge_learns_and_changes_nothing(toy_folder, judge_folder, tmp_path, monkeypatch, capsys):
+    words = [*small(toy_folder), "--model", judge_folder, "--max-steps", "3", "--max-new-tokens", "8"]
+    for place, step in {"silent": 9, "spoken": 2}.items():
+        monkeypatch.setattr(sft, "FIRST_VERDICT", step)
+        sft.main([*words, "--out", str(tmp_path / place)])
+        assert ("after 2 steps the judge says of a held-out pair:\nprompt: " in capsys.readouterr().out) == (step == 2)
+    silent, spoken = weights(tmp_path / "silent", 3), weights(tmp_path / "spoken", 3)
+    assert all(torch.equal(x, spoken[name]) for name, x in silent.items())

@@ -20,6 +20,7 @@ import torch
 import transformers
 from PIL import Image
 
+import bench_memory
 import data
 import dpo
 import grpo
@@ -70,9 +71,9 @@ def test_your_own_judge_and_reward_improve_a_generator(here, generator_folder, c
 
 
 def test_your_own_reward_is_a_function_of_media_and_prompts(here):
-    bright, = sft.load_rewards("brightness.py:bright")
+    bright, = data.load_rewards("brightness.py:bright")
     media = [reward.load_media(f"{name}.png") for name in "ABC"]
-    assert sft.reward_values(bright, media, ["p"] * 3)["brightness.py:bright"].tolist() == pytest.approx([0, .2, 1])
+    assert data.reward_values(bright, media, ["p"] * 3)["brightness.py:bright"].tolist() == pytest.approx([0, .2, 1])
 
 
 def test_your_own_generator_starts_at_ratio_1(here, capsys):
@@ -236,8 +237,8 @@ def test_the_driver_alone(tmp_path):
 
 def test_the_papers_values_are_options_and_ours_are_the_defaults():
     ours = grpo.parse_args([])
-    paper = grpo.parse_args("--pairs all --std-floor 0 --sde-steps 14 --clip-range 1e-4 --kl 0 --category-weights 1 .7 .7".split())
-    assert (ours.pairs, ours.std_floor, ours.sde_steps, ours.updates, ours.alpha, ours.category_weights) == ("ring:2", .2, 3, 1, .7, [1, 1, 1])
+    paper = grpo.parse_args("--pairs all --std-floor 0 --sde-steps 14 --clip-range 1e-4 --kl 0".split())
+    assert (ours.pairs, ours.std_floor, ours.sde_steps, ours.updates, ours.alpha) == ("ring:2", .2, 3, 1, .7)
     assert (paper.pairs, paper.std_floor, paper.sde_steps, paper.clip_range, paper.kl) == ("all", 0, 14, 1e-4, 0)
     assert dpo.parse_args(["--beta", ".1"]).beta == .1
 
@@ -282,9 +283,11 @@ def count(model):
     return sum(p.numel() for p in model.parameters()) / 1e9
 
 
-def test_the_table_of_memory_is_arithmetic_on_counted_parameters():
-    """Models of the real sizes without storage, adapters by the stages' own targets, 16 bytes a trained parameter, 2 a frozen one."""
-    page = " ".join(PAGES[ROOT / "tests/README.md"].split())
+def test_the_counted_memory_agrees_with_arithmetic():
+    """Rows of tests/README.md against models of the real sizes without storage, adapters by the stages' own targets: 16 bytes a trained parameter,
+    2 a frozen one. The README has their peaks."""
+    page = (ROOT / "tests/README.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in page.split("\n") if re.match(r"\| `(sft|dpo|grpo)\.py` \S+/", line)]
     sizes = dict(d_model=4096, d_ff=10240, d_kv=64, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
     text = dict(hidden_size=4096, num_hidden_layers=36, intermediate_size=12288, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936)
     with torch.device("meta"):
@@ -298,15 +301,30 @@ def test_the_table_of_memory_is_arithmetic_on_counted_parameters():
             sft.add_lora(model, 64)
             adapters.append(sum(p.numel() for p in sft.trainable(model)) / 1e9)
     j, w = adapters
-    sft_full, sft_lora, grpo_full, grpo_lora = 16 * J / 8, 2 * J + 16 * j, 16 * F / 8 + 4 * t5, 2 * W + 16 * w + 2 * umt5
-    lora = f"LoRA 64 | {J:.2f} | {j:.2f} | 2 x {J:.2f} + 16 x {j:.2f} = {sft_lora:.1f} |"
-    for cells in (f"| SFT of Qwen3-VL-8B, {lora}", f"| DPO of it, {lora}", f"| {J:.2f} | 16 x {J:.2f} / 8 = {sft_full:.1f} |",
-                  f"2 x {J:.2f} = {2 * J:.1f} GB",
-                  f"| {F:.2f} | 16 x {F:.2f} / 8 + 4 x {t5:.2f} of its text encoder = {grpo_full:.1f} |",
-                  f"| {W:.2f} | {w:.2f} | 2 x {W:.2f} + 16 x {w:.2f} + 2 x {umt5:.2f} of its text encoder = {grpo_lora:.1f} |",
-                  f"8 x 4 x {J:.2f} = {32 * J:.0f} GB", f"{32 * F:.0f} GB for FLUX, and until they go to the GPUs {32 * t5:.0f} GB for its text encoders"):
-        assert cells in page, cells
-    assert f"{sft_full:.1f}, {sft_lora:.1f}, {grpo_full:.1f} and {grpo_lora:.1f} GB for the four commands" in README
+    weights = [4 * J / 8, 2 * J + 4 * j, 4 * F / 8 + 4 * t5, 2 * W + 4 * w + 2 * umt5]
+    for row, held, trained in zip(rows, weights, (J / 8, j, F / 8, w), strict=True):
+        expected = [gb * 1e9 / 2 ** 30 for gb in (held, 4 * trained, 8 * trained)]
+        assert [float(cell) for cell in row[:3]] == pytest.approx(expected, abs=.06)
+        forward, backward, step, peak = map(float, row[3:7])
+        assert peak == pytest.approx(sum(expected) + max(forward + backward, step), abs=.2)
+    page = " ".join(page.split())
+    for words in (f"8 x 4 x {J:.2f} = {32 * J:.0f} GB", f"{32 * F:.0f} GB for FLUX, and until they go to the GPUs {32 * t5:.0f} GB for its text encoders",
+                  f"2 x {J:.2f} = {2 * J:.1f} GB", f"{4 * t5 * 1e9 / 2 ** 30:.1f} GiB of FLUX, {2 * umt5 * 1e9 / 2 ** 30:.1f} of Wan"):
+        assert words in page, words
+    assert "{}, {}, {} and {} GiB".format(*[row[6] for row in rows]) in README
+
+
+def test_memory_is_counted():
+    """A small judge, all weights in float32: 4 bytes a weight and a gradient, 8 of AdamW's state and 4 while it steps; 6 FLOP a weight and token, and
+    more for the vocabulary, whose logits are made twice."""
+    sizes = dict(depth=1, width=512, vision_width=128, vocab=512, side=64, num_text=30, num_response=20)
+    gib, flop = bench_memory.count(lambda args: bench_memory.run_judge(args, **sizes), sft.parse_args(["--no-bf16"]))
+    weights, gradients, optimizer, forward, backward, step, peak = gib
+    assert gradients == weights and optimizer == pytest.approx(2 * weights, rel=1e-4) and step == pytest.approx(weights, rel=1e-2)
+    assert peak == pytest.approx(4 * weights + max(forward + backward, step), rel=1e-4) and forward > 0 < backward
+    num_tokens = 2 * (4 + 2) + 30 + 20
+    blocks = 4 * (512 * (512 + 2 * 128 + 512) + 3 * 512 * 1536)
+    assert 6 * blocks * num_tokens < flop < 8 * blocks * num_tokens
 
 
 def test_functions_tests_and_options_that_the_readmes_name_exist():
