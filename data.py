@@ -313,7 +313,7 @@ def encode_records(pipe, records, call):
     """(N, ...) clean latents on the CPU of every record's medium. ValueError: other frames."""
     num_frames = num_frames_of(pipe, call)
     latents = []
-    for start in range(0, len(records), 16):
+    for start in tqdm(range(0, len(records), 16), "latents", leave=False, disable=None):
         media = []
         for record in records[start:start + 16]:
             item = record[medium_of(record)][0]
@@ -547,7 +547,7 @@ def sample_media(pipe, records, seeds, batch_size, call):
     function of records[i] and seeds[i]. Of edits, whose sources differ, one at a time is made."""
     media = []
     batch_size = 1 if "source" in records[0] else batch_size
-    for start in range(0, len(records), batch_size):
+    for start in tqdm(range(0, len(records), batch_size), "samples", leave=False, disable=None):
         batch = records[start:start + batch_size]
         generators = [seeded_generator(seed) for seed in seeds[start:start + batch_size]]
         output = run_pipeline(pipe, prompt=[record["prompt"] for record in batch],
@@ -619,7 +619,7 @@ def evaluate_judge(judge, pairs, seed=0, share=lambda function, items: function(
     swaps = [rng.random() < 0.5 for _ in pairs]
     shown = list(zip([*pairs, *pairs], [*swaps, *[not swap for swap in swaps]]))
     verdicts = []
-    for start in tqdm(range(0, len(shown), CHUNK), "judge", disable=None):
+    for start in tqdm(range(0, len(shown), CHUNK), "verdicts", disable=None):
         verdicts += [parse_verdict(text) for text in share(answer, shown[start:start + CHUNK])]
     winners = []
     complete = []
@@ -704,11 +704,7 @@ def distill(args, teacher):
 def check(args):
     """Print what a file holds; every frame is opened. ValueError names the first bad line."""
     kinds = Counter()
-    records = read_records(args.file)
-    if args.model:
-        pipe = load_pipeline(args.model, torch.device("cpu"))
-        report_long_prompts(pipe, records, pipe.call_args)
-    for record in tqdm(records, "check"):
+    for record in tqdm(read_records(args.file), "check"):
         items = record.get(medium_of(record), [])
         kinds[f"{kind_of(record)} records with {len(items)} {medium_of(record)}"] += 1
         for item in [*items, *filter(None, [record.get("source")])]:
@@ -725,7 +721,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("command", choices=["check", "eval", "distill"])
     add("file", help="records (check) or pairs")
-    add("--model", help="the judge: a folder, hub id, URLs or FILE.py:function; check: a generator")
+    add("--model", help="the judge: a folder, hub id, URLs or FILE.py:function")
     add_judge_options(parser)
     add("--num-samples", type=int, default=4, help="distill: traces a pair until one is right")
     add("--temperature", type=float, default=0.7, help="distill: of the traces after the first")

@@ -1,14 +1,13 @@
 """Stage 2, preference: direct preference optimisation of a judge on pairs of its own verdict traces
-(Sec. 3.2 of arXiv 2602.02380), or of a generator on pairs of images or videos.
+(Sec. 3.2 of arXiv 2602.02380), or of a generator on pairs of media (arXiv 2311.12908).
 
     python dpo.py                           the toy judge that sft.py made
     python dpo.py --task generator          the toy generator, on pairs of its own samples
     torchrun --nproc_per_node=8 dpo.py --model ...      real models: README.md has the commands
 
-A judge learns from preferences between two verdicts; given people's choices between images, it
-writes several verdicts on each pair, and a right one is chosen over a wrong one. A generator learns
-from people's choices (Diffusion-DPO, arXiv 2311.12908); given prompts, it makes several candidates
-for each, of which a judge finds the best and the worst.
+Given people's choices between images, the judge writes several verdicts on each pair, and a right
+one is chosen over a wrong one. Given prompts, the generator makes several candidates for each, of
+which a judge finds the best and the worst.
 Shapes: B pairs, T tokens, N response tokens, G candidates of a prompt; (...) latents.
 """
 import math, random
@@ -28,9 +27,10 @@ from reward import (FORBIDDEN, Candidate, Failure, ask, compare_groups, judge_op
 from sft import (add_noise, autocast, call_sharded, disable_lora, dry_run, encode_responses,
                  evaluate_folder, evaluate_samples, finish_log, gather_list, get_rank,
                  get_world_size, load_checkpoint, load_generator, load_trained_judge, log_row,
-                 make_optimizers, micro_batches, optimizer_step, prepare_training, progress,
-                 response_states, save_checkpoint, save_generator, save_judge, setup_distributed,
-                 split_over_ranks, stage_parser, start_log, sum_over_ranks, token_logps)
+                 make_optimizers, micro_batches, optimizer_step, prefetch, prepare_training,
+                 progress, response_states, save_checkpoint, save_generator, save_judge,
+                 setup_distributed, split_over_ranks, stage_parser, start_log, sum_over_ranks,
+                 token_logps)
 
 DEFAULTS = {
     "judge": {
@@ -103,14 +103,14 @@ def main(argv=None):
     per_step = args.batch_size * args.accumulation * get_world_size()
     start_log(args, model, f"{len(records)} preferences, {per_step} a step")
 
-    for step in progress(start, args):
-        indices = batch_indices(len(records), per_step, step, args.seed)
-        stats = Counter()
-        for part in micro_batches(indices, args.batch_size):
-            pairs = [records[i] for i in part]
-            responses = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
-            batch = encode_responses(judge, pairs + pairs, responses)           # (2B, T)
+    def encode_preferences(pairs):
+        responses = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
+        return encode_responses(judge, pairs + pairs, responses)                # (2B, T)
+    encoded = prefetch(encode_preferences, records, per_step, start, args)
 
+    for step in progress(start, args):
+        stats = Counter()
+        for batch in next(encoded):
             with autocast(args, device):
                 with torch.no_grad(), disable_lora():
                     reference_logps = call_sharded(model, response_logps, batch)
@@ -126,7 +126,7 @@ def main(argv=None):
 
     save_judge(args, judge)
     after = evaluate_folder(Path(args.out, "model"), args, device)
-    finish_log(args, {"before": before, "after": after})
+    finish_log(args, {"before": before, "after": after}, f"python grpo.py --judge {args.out}/model")
 
 # ---------- The generator: log-probabilities of two samples
 def denoising_logps(pipe, x, t, target, call):
@@ -162,7 +162,6 @@ def train_generator(args, device):
             x, t, target = add_noise(pipe, x0, args, step, part + part)
             prompts = [pairs[i]["prompt"] for i in part]
             inputs = {**unguided(pipe, call), "prompt": prompts + prompts}
-
             with autocast(args, device):
                 with torch.no_grad(), disable_lora():
                     reference_logps = denoising_logps(pipe, x, t, target, inputs)
@@ -178,7 +177,7 @@ def train_generator(args, device):
 
     save_generator(args, pipe, call)
     after = evaluate_samples(pipe, args, call, media_before)[1]
-    finish_log(args, {"before": before, "after": after})
+    finish_log(args, {"before": before, "after": after}, f"python grpo.py --model {args.out}/model")
 
 def encode_pairs(pipe, records, call):
     """(2, number of records, ...) clean latents on the CPU, of the chosen and of the rejected."""
@@ -192,8 +191,7 @@ def encode_pairs(pipe, records, call):
 
 # ---------- Sampling what is compared
 def load_or_sample(args, kind, sample, *inputs):
-    """The records of --data if of this kind, else of sample(args, *inputs) -> [(case, record),
-    ...]."""
+    """The records of --data if of this kind, else of sample(args, *inputs), [(case, record)]."""
     if kind_of(read_records(args.data)[0]) == kind:
         return read_records(args.data, kind)
     path = Path(args.out, f"{kind}s.jsonl")

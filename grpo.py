@@ -10,7 +10,6 @@ steps, the first K of them stochastic, (...) one sample's latents.
 """
 import itertools, random, re, time
 from collections import Counter
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +18,6 @@ from data import (batch_indices, frames_of, load_rewards, predict, prediction_ty
                   source_images, source_of)
 from reward import (Failure, compare_groups, group_advantages, judge_options, load_judge,
                     load_media, normalize, run_in_threads, sample_pairs, win_rates)
-# the toolbox lies at the end of sft.py, the driver of pipelines in data.py
 from sft import (autocast, disable_lora, evaluate_samples, finish_log, gather_list, get_rank,
                  get_world_size, load_checkpoint, load_generator, log_row, make_optimizers,
                  optimizer_step, prepare_training, progress, save_checkpoint, save_generator,
@@ -27,10 +25,9 @@ from sft import (autocast, disable_lora, evaluate_samples, finish_log, gather_li
                  sum_over_ranks)
 
 NUM_COMPARED = 192                      # held-out samples that are compared with the base's
-
 DEFAULTS = {
     "model": "out/generator-sft/model", "data": "out/toy/prompts.txt", "out": "out/grpo",
-    "eval_data": "out/toy/prompts_test.txt", "lora_rank": 32, "lr": 1e-3, "warmup_steps": 10,
+    "eval_data": "out/toy/prompts_test.txt", "lora_rank": 32, "lr": 2e-3, "warmup_steps": 10,
     "max_steps": 64, "batch_size": 96, "bf16": False}
 
 def parse_args(argv=None):
@@ -50,7 +47,7 @@ def parse_args(argv=None):
     add("--max-parse-fail", type=float, default=0.5, help="stop above this undecided share")
     add("--updates", type=int, default=1, help="optimizer steps a rollout")
     add("--clip-range", type=float, default=1e-3, help="the ratio is clipped to 1 +- this")
-    add("--kl", type=float, default=0.02, help="weight of the KL to the model without adapters")
+    add("--kl", type=float, default=0.01, help="weight of the KL to the model without adapters")
     return parser.parse_args(argv)
 
 # ---------- The sampler
@@ -74,11 +71,11 @@ class Rollout:
     seeds: list                                     # (seed, step, prompt's index, member), B
     records: list                                   # of the prompts, B
     media: list = None                              # B lists of frames
-    x: list = field(default_factory=list)           # K + 1 latents (B, ...)
+    x: list = field(default_factory=list)           # S latents (B, ...)
     means: list = field(default_factory=list)       # K, of the policy that sampled
     sigmas: torch.Tensor = None                     # (S + 1,)
     timesteps: torch.Tensor = None                  # (S,)
-    judged: Future = None                           # done when the judge has answered
+    judged: object = None                           # a Future, done when the judge has answered
     advantages: torch.Tensor = None                 # (B,), then
     counts: Counter = field(default_factory=Counter)        # of answers, for the log
     undecided: list = field(default_factory=list)           # verdicts without a winner
@@ -96,8 +93,7 @@ def sample(pipe, records, seeds, args, call):
         if sigmas[0] > 1 or (sigmas.diff() >= 0).any() or args.sde_steps >= len(sigmas) - 1:
             raise ValueError(f"--sde-steps {args.sde_steps} with noise levels {sigmas}: they must "
                              "fall within [0, 1], and the last step must be deterministic")
-        if i <= args.sde_steps:
-            rollout.x.append(x.clone())             # some pipelines write into their latents
+        rollout.x.append(x.clone())                 # some pipelines write into their latents
         if i >= args.sde_steps:
             return sde_step(sigmas, i, x, v, 0.0)[0].to(x.dtype)
         mean, std = sde_step(sigmas, i, x, v, args.eta)
@@ -111,8 +107,9 @@ def sample(pipe, records, seeds, args, call):
     rollout.timesteps = pipe.scheduler.timesteps
     return rollout
 
-def sample_seeds(indices, step, args):
+def sample_seeds(num_records, step, args):
     """[[seeds of a pipeline call, ...], ...]: this rank's samples in parts of whole groups."""
+    indices = batch_indices(num_records, args.num_prompts, step, args.seed)
     mine = indices[get_rank()::get_world_size()]
     seeds = list(itertools.product([args.seed], [step], mine, range(args.group_size)))
     parts = split(seeds, max(args.batch_size, args.group_size))
@@ -129,12 +126,6 @@ def mean_at(pipe, rollout, i, args):
     return sde_step(rollout.sigmas, i, rollout.x[i], v, args.eta)
 
 # ---------- The reward: verdicts -> win rates -> advantages
-def start_judging(rollouts, *inputs):
-    """judge_rollouts in a thread; rollout.judged waits for it and raises what it raised."""
-    [judged] = run_in_threads(judge_rollouts, [(rollouts, *inputs)], 1)
-    for rollout in rollouts:
-        rollout.judged = judged
-
 def judge_rollouts(rollouts, before, judge, rewards, args):
     """Find the advantages of whole groups, after the rollouts `before` have theirs: those of each
     reward, summed by weight, within +-5."""
@@ -210,8 +201,7 @@ def reward_numbers(rollouts, args):
 
 # ---------- The objective
 def policy_ratio(x_next, mean, old_mean, std):
-    """(B,) pi(x_next) / pi_old(x_next) of Gaussians of one std, from log-densities in float32 that
-    are means over elements."""
+    """(B,) pi(x_next) / pi_old(x_next), Gaussians of one std, float32 log-densities per element."""
     x = x_next.float()
     log_ratio = ((x - old_mean) ** 2 - (x - mean) ** 2) / (2 * std ** 2)
     return log_ratio.flatten(1).mean(1).exp()
@@ -224,6 +214,16 @@ def grpo_loss(ratio, advantages, clip_range):
 def gaussian_kl(mean, ref_mean, std):
     """(B,) KL between Gaussians of equal std, averaged over the elements of each sample."""
     return ((mean - ref_mean) ** 2 / (2 * std ** 2)).flatten(1).mean(1)
+
+def mean_and_kl(pipe, rollout, i, args):
+    """mean_at and the KL (B,) to the model without its adapters, 0 without --kl; at a deterministic
+    step it is the KL that noise would give."""
+    if args.kl:
+        with torch.no_grad(), disable_lora():
+            ref_mean, _ = mean_at(pipe, rollout, i, args)
+    mean, std = mean_at(pipe, rollout, i, args)
+    kl = gaussian_kl(mean, ref_mean, std) if args.kl else torch.zeros(len(mean)).to(mean)
+    return mean, std, kl
 
 def check_ratio(ratio_errors, args):
     """The ranks' largest |ratio - 1| before the first update. RuntimeError: it is not 0, so the
@@ -251,7 +251,6 @@ def check_moved(pipe, rollout, args):
 def main(argv=None):
     args = parse_args(argv)
     device = setup_distributed(args)
-
     pipe, policy, call = load_generator(args, device)
     records = read_records(args.data, "prompt")
     asks = re.search("(^|,) *(flex|score) *(:|,|$)", args.reward)
@@ -267,36 +266,39 @@ def main(argv=None):
     for step in progress(start, args):
         # rollout: the judge compares the samples of some prompts while the next ones are sampled
         started = time.time()
-        indices = batch_indices(len(records), args.num_prompts, step, args.seed)
         rollouts = []
-        for part in sample_seeds(indices, step, args):
+        for part in sample_seeds(len(records), step, args):
             sampled = [sample(pipe, records, seeds, args, call) for seeds in part]
-            start_judging(sampled, rollouts[-1:], judge, rewards, args)
+            job = (sampled, rollouts[-1:], judge, rewards, args)
+            [judged] = run_in_threads(judge_rollouts, [job], 1)
+            for rollout in sampled:
+                rollout.judged = judged
             rollouts += sampled
         rollout_s = time.time() - started
 
-        # update: the clipped policy gradient at the stochastic steps, and the KL
+        # update: the clipped policy gradient and the KL at the stochastic steps, and the KL midway
+        # through the others: these make fine detail, which drifts where nothing holds it
         num_terms = args.num_prompts * args.group_size * args.sde_steps
-        stats = Counter(loss=0.0, kl=0.0, clip_fraction=0.0)
+        stats = Counter(loss=0.0, kl=0.0, later_kl=0.0, clip_fraction=0.0)
         ratio_errors = []
         for update in range(args.updates):
             for rollout in rollouts:
                 rollout.judged.result()
-                advantages = rollout.advantages.to(device)                      # (B,)
                 for i in range(args.sde_steps):
-                    ref_mean = rollout.means[i]     # does not matter without KL
-                    if args.kl:
-                        with torch.no_grad(), disable_lora():
-                            ref_mean, _ = mean_at(pipe, rollout, i, args)
-                    mean, std = mean_at(pipe, rollout, i, args)                 # (B, ...)
+                    mean, std, kl = mean_and_kl(pipe, rollout, i, args)         # (B, ...), (), (B,)
                     ratio = policy_ratio(rollout.x[i + 1], mean, rollout.means[i], std)
-                    losses, clipped = grpo_loss(ratio, advantages, args.clip_range)
-                    kl = gaussian_kl(mean, ref_mean, std)
+                    losses, clipped = grpo_loss(ratio, rollout.advantages.to(mean), args.clip_range)
                     loss = (losses + args.kl * kl).sum() / num_terms
                     loss.backward()
                     stats.update(loss=loss.item(), kl=kl.sum().item() / num_terms,
                                  clip_fraction=clipped.sum().item() / num_terms)
                     ratio_errors.append((ratio - 1).abs().max().item())
+                if args.kl:
+                    midway = (args.sde_steps + len(rollout.x)) // 2
+                    *_, kl = mean_and_kl(pipe, rollout, midway, args)
+                    loss = args.kl * kl.sum() / num_terms
+                    loss.backward()
+                    stats.update(loss=loss.item(), later_kl=loss.item() / args.kl * args.sde_steps)
             if update == 0:
                 ratio_error = check_ratio(ratio_errors, args)
             row = optimizer_step(policy, optimizers, step, args)
@@ -307,14 +309,15 @@ def main(argv=None):
         row.update(reward_numbers(rollouts, args), ratio_error=ratio_error, rollout_s=rollout_s,
                    step_s=time.time() - started)
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            numbers = evaluate(pipe, judge, base_media, args, call, step)
+            numbers = evaluate(pipe, judge, base_media, args, call, NUM_COMPARED)
             row.update({f"held_out_{name}": number for name, number in numbers.items()})
         log_row(args, step, row)
         save_checkpoint(args, step, policy, optimizers)
 
     save_generator(args, pipe, call)
     after = evaluate(pipe, judge, base_media, args, call)
-    finish_log(args, {"before": {**before, "win_rate": 0.5}, "after": after})
+    before["win_rate"] = 0.5
+    finish_log(args, {"before": before, "after": after}, f"look at {args.out}/before_after.html")
 
 def check_run(args, pipe, records, call):
     """ValueError, RuntimeError: options that do not fit, or a pipeline that cannot be driven, as a
@@ -335,9 +338,6 @@ def check_run(args, pipe, records, call):
         raise ValueError(f"--batch-size {args.batch_size}: pass a multiple or a divisor of "
                          f"--group-size {args.group_size}, a divisor where prompts have sources")
     report_long_prompts(pipe, records, call)
-    sampler = type(pipe.scheduler.scheduler).__name__
-    if "FlowMatchEuler" not in sampler and get_rank() == 0:
-        print(f"rollouts take Euler steps, held-out samples those of {sampler}", flush=True)
     seeds = [(args.seed, -1, 0, 0), (args.seed, -1, 0 if has_sources else len(records) - 1, 1)]
     rollout = sample(pipe, records, seeds[:args.batch_size], args, call)
     errors = []
@@ -347,12 +347,14 @@ def check_run(args, pipe, records, call):
         errors.append((ratio - 1).abs().max().item())
     ratio_error = check_ratio(errors, args)
     if get_rank() == 0:
+        sampler = type(pipe.scheduler.scheduler).__name__
+        if "FlowMatchEuler" not in sampler:
+            print(f"rollouts take Euler steps, held-out samples those of {sampler}", flush=True)
         print(f"max |ratio - 1| of a trial rollout: {ratio_error:.3g}", flush=True)
 
-def evaluate(pipe, judge, base_media, args, call, step=None):
-    """{name: number} of held-out samples, of NUM_COMPARED after a step: what --watch measures, and
-    the judge's win rate over the base's of equal seeds."""
-    num = None if step is None else NUM_COMPARED
+def evaluate(pipe, judge, base_media, args, call, num=None):
+    """{name: number} of (the first num) held-out samples: what --watch measures, and the judge's
+    win rate over the base's of equal seeds."""
     media, numbers = evaluate_samples(pipe, args, call, base_media, num)
     if judge is None:
         return numbers

@@ -8,8 +8,7 @@ verdicts on a group become advantages (arXiv 2602.02380). Imports nothing of our
 Seconds each with the toy judge on a CPU.  Shapes: G items of one prompt, B items, T tokens.
 """
 import argparse, base64, contextlib, html, io, json, os, random, re, runpy, sys, threading, time
-import urllib.error
-import urllib.request
+import urllib.error, urllib.request
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -472,8 +471,7 @@ class LocalJudge:
                           Candidate: score_template or stored.get("score_template.txt")}
         if not self.templates[Comparison]:
             print(f"{path} has no template.txt: asked in reward.TEMPLATE's words", flush=True)
-        default = self.model.generation_config.max_new_tokens or 2048
-        self.max_new_tokens = max_new_tokens or default
+        self.max_new_tokens = max_new_tokens or self.model.generation_config.max_new_tokens or 2048
         self.batch_size = batch_size or max(1, 50_000 // self.max_new_tokens)
 
     @torch.inference_mode()

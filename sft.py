@@ -8,7 +8,7 @@
 After the stage comes the toolbox that all stages share: ranks, LoRA, optimizers, checkpoints, log.
 Shapes: B records, T tokens, N response tokens, V vocabulary, H hidden size; (...) latents.
 """
-import argparse, atexit, contextlib, fcntl, functools, hashlib, json, math, os, re
+import argparse, atexit, contextlib, fcntl, hashlib, json, math, os, re
 import resource, shutil, subprocess, time, warnings
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
 from torch.distributed.fsdp import (
-    FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
+    MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from data import (StopPipeline, as_question, batch_indices, denoisers, encode, encode_records,
@@ -33,7 +33,7 @@ from data import (StopPipeline, as_question, batch_indices, denoisers, encode, e
                   read_records, report_long_prompts, reward_values, run_pipeline, sample_media,
                   seeded_generator, seeded_noise, unguided)
 from reward import (Candidate, Comparison, LocalJudge, add_judge_options, format_verdict,
-                    judge_options, parse_verdict, report_html)
+                    judge_options, load_processor, parse_verdict, report_html, run_in_threads)
 
 DEFAULTS = {
     "judge": {
@@ -67,7 +67,6 @@ def main(argv=None):
     if args.task == "generator":
         return train_generator(args, device)
 
-    # model
     judge = load_trained_judge(args, device)
     model = judge.model
     prepare_training(model, args, device)
@@ -78,19 +77,16 @@ def main(argv=None):
     records = read_records(args.data, "trace")
     per_step = args.batch_size * args.accumulation * get_world_size()
     own = sum("instruction" in record for record in records)
-    start_log(args, model, f"{len(records)} traces, {own} of them asked in words of their own and "
-              f"not the template's, {per_step} a step")
+    start_log(args, model, f"{len(records)} traces, {own} in words of their own, {per_step} a step")
+
+    def encode_traces(traces):
+        return encode_responses(judge, traces, [trace["response"] for trace in traces])
+    encoded = prefetch(encode_traces, records, per_step, start, args)
 
     for step in progress(start, args):
-        indices = batch_indices(len(records), per_step, step, args.seed)
-        batches = []
-        for part in micro_batches(indices, args.batch_size):
-            traces = [records[i] for i in part]
-            batches.append(encode_responses(judge, traces, [trace["response"] for trace in traces]))
-
-        # the mean is over the response tokens of the whole global batch
+        batches = next(encoded)
         num_tokens = sum((batch["labels"] != -100).sum().item() for batch in batches)
-        num_tokens = sum_over_ranks({"num_tokens": num_tokens})["num_tokens"]
+        num_tokens = sum_over_ranks({"num_tokens": num_tokens})["num_tokens"]   # global batch
         loss_sum = 0.0
         for batch in batches:
             with autocast(args, device):
@@ -107,7 +103,8 @@ def main(argv=None):
             model.train()
 
     save_judge(args, judge)
-    finish_log(args, {"after": evaluate_folder(Path(args.out, "model"), args, device)})
+    after = evaluate_folder(Path(args.out, "model"), args, device)
+    finish_log(args, {"after": after}, f"python dpo.py --model {args.out}/model")
 
 # ---------- The generator: denoising
 def add_noise(pipe, x0, args, step, indices):
@@ -134,17 +131,15 @@ def add_noise(pipe, x0, args, step, indices):
     return alpha * x0 + sigma * noise, t, targets[kind]
 
 def train_generator(args, device):
-    # model
     pipe, policy, call = load_generator(args, device)
     prepare_training(policy, args, device)
     optimizers = make_optimizers(policy, args.optim)
     start = load_checkpoint(args, policy, optimizers)
 
-    # data: latents are encoded once, before training
+    # data: latents (N, ...) are encoded once, before training
     records = read_records(args.data, "image")
     dry_run(pipe, records, args, call)
-    encode_share = functools.partial(encode_records, pipe, call=call)
-    latents = torch.stack(split_over_ranks(encode_share, records))                    # (N, ...)
+    latents = torch.stack(split_over_ranks(lambda part: encode_records(pipe, part, call), records))
     per_step = args.batch_size * args.accumulation * get_world_size()
     start_log(args, policy, f"{len(records)} images, {per_step} a step")
 
@@ -167,7 +162,8 @@ def train_generator(args, device):
         save_checkpoint(args, step, policy, optimizers)
 
     save_generator(args, pipe, call)
-    finish_log(args, {"after": evaluate_samples(pipe, args, call)[1]})
+    after = evaluate_samples(pipe, args, call)[1]
+    finish_log(args, {"after": after}, f"python grpo.py --model {args.out}/model")
 
 # ========== Toolbox: what every stage needs and nobody tweaks per stage
 def stage_parser(description):
@@ -203,7 +199,6 @@ def get_world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 LOCKS = {}                                           # {run folder: its open lock}
-
 def lock_folder(out):
     """Keep a second run out of the folder while this process lives. SystemExit: one is there."""
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -301,8 +296,7 @@ def shard_model(model, args, device):
 
 def call_sharded(model, function, *inputs):
     """function(model, *inputs) as one forward pass: FSDP gathers embeddings and head for it."""
-    is_sharded = isinstance(model, FSDPModule)
-    return model.call(function, *inputs) if is_sharded else function(model, *inputs)
+    return model.call(function, *inputs) if hasattr(model, "call") else function(model, *inputs)
 
 def trainable(policy):
     return [p for p in policy.parameters() if p.requires_grad]
@@ -343,12 +337,27 @@ def load_trained_judge(args, device):
     judge = LocalJudge(args.model, device="cpu" if args.fsdp else device,
                        dtype=weights_dtype(args, device), **judge_options(args))
     judge.model.set_attn_implementation("sdpa" if device.type == "cuda" else "eager")
+    judge.encoder = load_processor(args.model)       # for a thread: no two may use one tokenizer
     return judge
 
 def encode_responses(judge, records, responses):
     """encode's batch for the judge's processor, wording and context length."""
     max_tokens = judge.model.config.get_text_config().max_position_embeddings
-    return encode(judge.processor, records, responses, judge.templates[Comparison], max_tokens)
+    return encode(judge.encoder, records, responses, judge.templates[Comparison], max_tokens)
+
+def prefetch(encode_batch, records, per_step, start, args):
+    """For each step that is left this rank's list of encode_batch(records of a micro-batch). A
+    thread makes the list of the next step while the caller trains on this one."""
+    def encode_step(step):
+        batch = [records[i] for i in batch_indices(len(records), per_step, step, args.seed)]
+        return [encode_batch(part) for part in micro_batches(batch, args.batch_size)]
+    steps = range(start, args.max_steps)
+    futures = (run_in_threads(encode_step, [(step,)], 1)[0] for step in steps)
+    coming = next(futures, None)
+    while coming:
+        batches = coming.result()
+        coming = next(futures, None)
+        yield batches
 
 def response_states(model, batch):
     """(hidden states (B, T-1, H), the labels (B, T-1) that they predict, -100 for none)."""
@@ -655,8 +664,7 @@ def learning_rate(step, args):
     return args.lr * warmup * (0.02 + 0.98 * cosine)
 
 def optimizer_step(policy, optimizers, step, args):
-    """Sum gradients over ranks (FSDP has), clip their norm to 1, step, zero; returns the log's
-    row."""
+    """The log's row. Sums gradients over ranks (FSDP has), clips their norm to 1, steps, zeroes."""
     lr = learning_rate(step, args)
     params = trainable(policy)
     reached = sum(p.numel() for p in params if p.grad is not None) / sum(p.numel() for p in params)
@@ -703,7 +711,6 @@ def save_checkpoint(args, step, policy, optimizers):
     gather_list([])
 
 MAY_DIFFER = ("resume", "out", "save_every", "judge_batch")
-
 def run_options(args):
     """What a resumed run has to share with the first: options, ranks and the records themselves."""
     digest = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
@@ -767,14 +774,14 @@ def log_row(args, step, numbers):
     if get_rank() == 0:
         append_log(args, {"step": step + 1, **numbers, "time": time.time(), "peak_gib": peak_gib})
 
-def finish_log(args, columns):
-    """Print and log {"before": {name: number}, "after": {...}}."""
+def finish_log(args, columns, command):
+    """Print and log {"before": {name: number}, "after": {...}}; print what to run next."""
     if get_rank() == 0:
         append_log(args, columns)
         for name in columns["after"]:
             cells = [f"{title} {numbers[name]:.3f}  " for title, numbers in columns.items()]
             print(f"  {name:22s}" + "".join(cells))
-        print(f"the model, log.jsonl and pages to look at are in {args.out}/")
+        print(f"model/, log.jsonl and pages to look at are in {args.out}/. Next: {command}")
 
 if __name__ == "__main__":
     main()

@@ -5,9 +5,11 @@
     python tests/ablations.py joint              one judge for comparisons, scores and questions against one for each
     python tests/ablations.py reward             win rates, scores and a fixed criterion as the reward: which is hacked? (after joint)
     python tests/ablations.py grpo               alpha and pairs, trained
+    python tests/ablations.py rounds             GRPO again, after the judge has seen what the policy did
+    python tests/ablations.py steps              which sampling steps learn, and which drift: the generator before GRPO at some, after it at others
     python tests/ablations.py report             tables with 95 % intervals, printed and in .md beside --results, and pictures there
 
---models names the folder of each seed's judge-sft, judge-dpo and generator-sft, {seed} in it is replaced; --toy that of the toy world's
+--models names the folder of each seed's judge-sft, judge-dpo, generator-sft (and grpo, for steps), {seed} in it is replaced; --toy that of the toy world's
 files and untrained models. They are made by
     python tests/toy.py
     python sft.py --seed 0 --out out/0/judge-sft && python dpo.py --seed 0 --model out/0/judge-sft/model --out out/0/judge-dpo
@@ -221,20 +223,20 @@ def curve_of(rows):
     last = ends(rows)
     return {"curve": [(0, last["true_before"])] + [(r["step"], r["held_out_true"]) for r in rows if "held_out_true" in r],
             "reward": [(r["step"], r[name]) for r in rows if name in r] if name else [(r["step"], r["held_out_win_rate"]) for r in rows if "held_out_win_rate" in r],
-            **{k: last[k] for k in last if k.startswith(("true_", "cast_", "win_rate"))}}
+            **{k: last[k] for k in last if k.startswith(("true_", "cast_", "tiles_", "grain_", "edges_", "win_rate"))}}
 
 
 def train(args, seed, arm, *options):
     models = Path(args.models.format(seed=seed))
     rows = stage(args, "grpo.py", Path(args.out, f"{arm}-{seed}".replace(" ", "-").replace(":", "").replace(",", "")), "--model", models / "generator-sft/model",
-                 "--data", Path(args.toy, "prompts.txt"), "--eval-data", Path(args.toy, "prompts_test.txt"), "--seed", seed, "--warmup-steps", 4, *options)
+                 "--data", Path(args.toy, "prompts.txt"), "--eval-data", Path(args.toy, "prompts_test.txt"), "--seed", seed, *options)
     return {**curve_of(rows), "calls": sum(r.get("verdicts", 0) for r in rows), "ties": statistics.mean(r["ties"] for r in rows if "ties" in r)}
 
 
 def reward(args, seed):
     """GRPO for long, at one judge call a sample: comparisons in ring:1, pointwise scores of a judge that learned nothing else (which
     `joint --arms scores` leaves), and `painted`."""
-    options = ["--max-steps", args.long, "--eval-every", 6, "--kl", 0]
+    options = ["--max-steps", args.long, "--warmup-steps", 4, "--eval-every", 6, "--kl", 0]
     pair, scorer = Path(args.models.format(seed=seed), "judge-dpo/model"), Path(args.out, f"joint-{seed}-scores-{args.steps}/model")
     run = functools.partial(train, args, seed)
     yield "win rates", functools.partial(run, "reward win rates", *options, "--judge", pair, "--pairs", "ring:1")
@@ -248,10 +250,69 @@ ARMS = {**{f"alpha {a}": ["--alpha", a] for a in (0, .3, .5, .7, 1)}, "all": ["-
 def train_arms(args, seed):
     """GRPO with the defaults (alpha .7, ring:2) but for one option."""
     for arm, options in ARMS.items():
-        yield arm, functools.partial(train, args, seed, arm, "--judge", Path(args.models.format(seed=seed), "judge-dpo/model"), "--max-steps", args.short, "--eval-every", 0, *options)
+        yield arm, functools.partial(train, args, seed, arm, "--judge", Path(args.models.format(seed=seed), "judge-dpo/model"), "--max-steps", args.short, "--warmup-steps", 4, "--eval-every", 0, *options)
 
 
-CLAIMS = {"signal": signal, "dpo": dpo, "joint": joint, "reward": reward, "grpo": train_arms}
+def people_prefer(prompt, images):
+    """"Image 1", "Image 2" or "Tie": what is true to the prompt, and of two that are equally so what has drifted less, by a quarter at least."""
+    columns = O.true([[image] for image in images], [prompt] * 2)
+    truth, drift = columns["true"], [sum(columns[name][i] for name in ("cast", "tiles", "grain")) for i in range(2)]
+    if truth[0] != truth[1]:
+        return "Image 1" if truth[0] > truth[1] else "Image 2"
+    return "Image 1" if drift[0] < .8 * drift[1] else "Image 2" if drift[1] < .8 * drift[0] else "Tie"
+
+
+def rounds(args, seed):
+    """GRPO with the stage's defaults; then the judge learns, by dpo.py, from what people would say (`people_prefer`) of a sample of the base beside
+    the policy's for the same training prompt and noise, mixed with the pairs that it learned from before, and the base generator is trained anew."""
+    models, folder = Path(args.models.format(seed=seed)), Path(args.out, f"rounds-{seed}")
+    judge, base, policy = models / "judge-dpo/model", models / "generator-sft/model", Path(args.out, f"rounds-first-{seed}/model")
+    pairs, held_out = folder / "pairs.jsonl", Path(args.toy, "pairs_test.jsonl")
+
+    def taught():
+        records = data.read_records(Path(args.toy, "prompts.txt"))[:args.pairs]
+        seeds = [("rounds", i) for i in range(len(records))]
+        pipes = [data.load_pipeline(path, torch.device("cpu")) for path in (base, policy)]
+        samples = zip(records, *[data.sample_media(pipe, records, seeds, 100, pipe.call_args) for pipe in pipes])
+        found = [{"prompt": r["prompt"], "images": [one, two], "winner": people_prefer(r["prompt"], [one, two])} for r, [one], [two] in samples]
+        counts = {f"people_{pair['winner']}": sum(p["winner"] == pair["winner"] for p in found) for pair in found}
+        before = data.evaluate_judge(LocalJudge(judge, **JUDGED), found)["winner_accuracy"]
+        data.write_jsonl(pairs, found + data.read_records(Path(args.toy, "pairs.jsonl")))
+        rows = stage(args, "dpo.py", folder / "judge", "--model", judge, "--data", pairs, "--eval-data", held_out, "--seed", seed)
+        after = data.evaluate_judge(LocalJudge(folder / "judge/model", **JUDGED), found)["winner_accuracy"]
+        run = train(args, seed, "rounds second", "--judge", folder / "judge/model")
+        return {**run, **counts, "policy_pairs_before": before, "policy_pairs_after": after, **{k: v for k, v in ends(rows).items() if k.startswith("winner")}}
+
+    yield "first", lambda: train(args, seed, "rounds first", "--judge", judge)
+    yield "second, judge taught", taught
+
+
+def steps(args, seed):
+    """Held-out samples whose sampling steps are taken by the generator before or after grpo.py, ten steps in all."""
+    models, cpu = Path(args.models.format(seed=seed)), torch.device("cpu")
+
+    @functools.cache
+    def pipes():
+        return [data.load_pipeline(models / name / "model", cpu) for name in ("generator-sft", "grpo")]
+
+    def measure(taken):
+        before, after = pipes()
+        records = data.read_records(Path(args.toy, "prompts_test.txt"))[:args.pairs]
+        stock, calls = before.transformer.forward, []
+
+        def forward(*inputs, **options):
+            calls.append(len(calls) % before.call_args["num_inference_steps"])
+            return (after.transformer.forward if calls[-1] in taken else stock)(*inputs, **options)
+        before.transformer.forward = forward
+        media = data.sample_media(before, records, [("held out", i) for i in range(len(records))], 96, before.call_args)
+        before.transformer.forward = stock
+        return {name: statistics.mean(x for x in column if x == x) for name, column in O.true(media, [r["prompt"] for r in records]).items()}
+
+    for arm, taken in {"none": (), "all": range(10), "the first 3": range(3), "the first 5": range(5), "the last 7": range(3, 10), "the last 3": range(7, 10)}.items():
+        yield f"{arm} after GRPO", functools.partial(measure, taken)
+
+
+CLAIMS = {"signal": signal, "dpo": dpo, "joint": joint, "reward": reward, "grpo": train_arms, "rounds": rounds, "steps": steps}
 
 
 # ---------------------------------------------------------------- what came out
@@ -287,12 +348,14 @@ def report(args, rows):
             lines += ["", "![signal](signal.png)"]
             continue
         names = {"dpo": ["winner_accuracy_before", "winner_accuracy_after", "swap_consistency_after", "grounded", "pairs", "by_form"], "joint": [*KINDS],
-                 "reward": ["true_before", "true_after", "cast_before", "cast_after"], "grpo": ["true_before", "true_after", "cast_before", "cast_after", "calls"]}[claim]
+                 "reward": ["true_before", "true_after", "cast_before", "cast_after"], "grpo": ["true_before", "true_after", "cast_before", "cast_after", "calls"],
+                 "rounds": [f"{name}_{when}" for name in ("true", "cast", "tiles", "grain", "edges") for when in ("before", "after")] + ["policy_pairs_before", "policy_pairs_after"],
+                 "steps": ["true", "cast", "tiles", "grain", "edges"]}[claim]
         lines += ["| | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
         for arm, runs in arms.items():                                          # what a joint arm does not learn is not shown
             cells = [[row[name] for row in runs if name in row and (claim != "joint" or arm.split(",")[0] in (name, "jointly"))] for name in names]
             lines.append(f"| {arm} | " + " | ".join(" / ".join(f"{value:.4g}" for value in cell) for cell in cells) + " |")
-        what, reference = {"dpo": ("winner_accuracy", "right over wrong"), "reward": ("true", "win rates"), "grpo": ("true", "alpha 0.7")}.get(claim, ("", ""))
+        what, reference = {"dpo": ("winner_accuracy", "right over wrong"), "reward": ("true", "win rates"), "grpo": ("true", "alpha 0.7"), "rounds": ("true", "first")}.get(claim, ("", ""))
         gains = {arm: {row["seed"]: 100 * (row[f"{what}_after"] - row[f"{what}_before"]) for row in runs if f"{what}_after" in row} for arm, runs in arms.items()}
         if reference in gains:
             lines += ["", f"| | points gained | against {reference}, paired by seed |", "|---|---|---|"]

@@ -21,7 +21,7 @@ import toy_oracle
 
 INKS = [(90, 90, 90), (40, 90, 210), (30, 150, 70), (215, 60, 40), (150, 70, 190), (200, 140, 0)]
 GREY = (160, 160, 160)
-LOG_SCALE = ("loss", "grad_norm", "kl")              # where all values are above 0
+LOG_SCALE = ("loss", "grad_norm", "kl", "later_kl")              # where all values are above 0
 NOT_DRAWN = ("step", "time")
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 30, 36            # margins of a panel, pixels
 

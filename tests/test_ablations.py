@@ -2,8 +2,10 @@
 import importlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
 import ablations
 
@@ -57,6 +59,9 @@ def test_signal_is_what_a_known_judge_makes_of_it(tmp_path, models, monkeypatch,
 
 def test_trained_claims_run_resume_and_report(tmp_path, models, toy_folder, capsys, monkeypatch):
     def here(args, script, out, *options):           # in this process
+        if script == "dpo.py":                       # an untrained judge has no verdicts to prefer
+            shutil.copytree(Path(models.format(seed=0), "judge-dpo/model"), out / "model")
+            return [{"before": {"winner_accuracy": .5}, "after": {"winner_accuracy": .6}}]
         importlib.import_module(script.removesuffix(".py")).main(["--out", str(out), *map(str, options), *args.extra])
         return ablations.read_log(out)
 
@@ -72,8 +77,34 @@ def test_trained_claims_run_resume_and_report(tmp_path, models, toy_folder, caps
     rows = run("grpo", tmp_path, models, "--toy", toy_folder, "--short", "1", "--extra", grpo)
     rows = run("reward", tmp_path, models, "--toy", toy_folder, "--long", "1", "--steps", "1", "--extra", f"{grpo} --eval-every 1")
     assert [r["arm"] for r in rows[-4:]] == ["alpha 0.7", "win rates", "scores", "a fixed criterion"]
+    rows = run("rounds", tmp_path, models, "--toy", toy_folder, "--pairs", "12", "--extra", f"{grpo} --max-steps 1 --lr .1")
+    assert rows[-1]["arm"] == "second, judge taught" and rows[-1]["winner_accuracy_after"] == .6 and sum(rows[-1][name] for name in rows[-1] if name.startswith("people_")) == 12
+    shutil.copytree(tmp_path / "out/rounds-first-0/model", tmp_path / "0/grpo/model")
+    rows = run("steps", tmp_path, models, "--toy", toy_folder, "--pairs", "4", "--arms", "none|all|first 3")
+    records = ablations.data.read_records(Path(toy_folder, "prompts_test.txt"))
+    for row, name in ((rows[-3], "generator-sft"), (rows[-2], "grpo")):
+        pipe = ablations.data.load_pipeline(tmp_path / "0" / name / "model", torch.device("cpu"))
+        media = ablations.data.sample_media(pipe, records, [("held out", i) for i in range(4)], 4, pipe.call_args)
+        grain = ablations.O.true(media, [record["prompt"] for record in records])["grain"]
+        assert row["grain"] == pytest.approx(sum(grain) / 4)
     ablations.main(["report", "--results", str(tmp_path / "results.jsonl")])
     assert (tmp_path / "reward.png").exists() and "| a fixed criterion | " in capsys.readouterr().out
+
+
+def test_people_prefer_what_is_true_then_what_has_drifted_less():
+    """On plain grounds of known tints: a true image beats a false one whatever its tint, and of two true ones the less tinted wins."""
+    from PIL import Image, ImageDraw
+
+    def circle(fill, ground):
+        image = Image.new("RGB", (48, 48), ground)
+        ImageDraw.Draw(image).ellipse((16, 16, 31, 31), fill=fill)
+        return image
+
+    red, blue = (ablations.O.COLORS[name] for name in ("red", "blue"))
+    plain, tinted = (236, 236, 236), (246, 236, 226)
+    for first, second, winner in (((red, plain), (red, tinted), "Image 1"), ((red, tinted), (red, plain), "Image 2"),
+                                  ((blue, plain), (red, tinted), "Image 2"), ((red, plain), (red, plain), "Tie")):
+        assert ablations.people_prefer("a red circle", [circle(*first), circle(*second)]) == winner
 
 
 def test_dpo_ranks_right_verdicts_by_their_reasons(tmp_path, models, toy_folder, monkeypatch):

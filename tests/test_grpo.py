@@ -17,6 +17,7 @@ from torch.distributions import Normal
 import data
 import grpo
 import reward
+import sft
 from conftest import ROOT
 from data import run_pipeline, seeded_generator
 from test_dpo import GOOD
@@ -103,7 +104,7 @@ def test_eta_0_is_the_stock_euler_sampler_bit_for_bit(pipe):
     with torch.no_grad():
         stock = run_pipeline(pipe, generator=generators, **call(pipe, prompt=PROMPTS))[0]
     assert torch.equal(torch.stack([frame for frame, in rollout.media]), stock) and stock.std() > .01
-    assert len(rollout.x) == 4 and len(rollout.means) == 3
+    assert len(rollout.x) == len(rollout.timesteps) and len(rollout.means) == 3
     assert len(rollout.sigmas) == len(rollout.timesteps) + 1 == pipe.call_args["num_inference_steps"] + 1
 
 
@@ -322,6 +323,28 @@ def test_kl_is_0_at_the_base_and_grows_away_from_it(generator_folder, judge_fold
                       "--lr", "1e-2"))
     kl = [row["kl"] for row in rows(tmp_path / "run")]
     assert kl[0] == 0 < kl[1]
+
+
+def test_the_kl_is_torchs_at_the_stochastic_steps_and_midway_through_the_others(generator_folder, judge_folder, files, tmp_path, monkeypatch):
+    """Three of seven steps are stochastic, the fifth is midway; the log has the means over samples (and over the three)."""
+    fake_verdicts(monkeypatch)
+    seen, stock = [], grpo.mean_at
+
+    def mean_at(pipe, rollout, i, args):
+        mean, std = stock(pipe, rollout, i, args)
+        seen.append((i, torch.is_grad_enabled(), sft.LoRALinear.enabled, Normal(mean.detach(), std.expand_as(mean))))
+        return mean, std
+    monkeypatch.setattr(grpo, "mean_at", mean_at)
+    grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", judge_folder, "--kl", ".1", "--max-steps", "3", "--lr", "1e-2",
+                      "--eval-every", "0", "--batch-size", "3", "--pipe-args", '{"num_inference_steps": 7}'))
+    pairs = [(seen[k], seen[k + 1]) for k in range(len(seen)) if not seen[k][2]]                # the reference, then the policy
+    assert [reference[0] for reference, _ in pairs] == 3 * 2 * [0, 1, 2, 5]                     # steps of two rollouts
+    assert all(reference[:2] == (policy[0], False) and policy[1] for reference, policy in pairs)
+    kl = torch.stack([torch.distributions.kl_divergence(policy[3], reference[3]).mean() for reference, policy in pairs]).view(3, 2, 4)
+    for row, ours in zip(rows(tmp_path / "run"), kl):
+        assert row["kl"] == pytest.approx(ours[:, :3].mean().item(), rel=1e-4, abs=1e-9)
+        assert row["later_kl"] == pytest.approx(ours[:, 3].mean().item(), rel=1e-4, abs=1e-9)
+    assert all(row["kl"] > 0 and row["later_kl"] > 0 for row in rows(tmp_path / "run")[1:])
 
 
 def test_a_policy_that_is_not_the_one_that_sampled_stops_the_run(generator_folder, files, tmp_path, monkeypatch):

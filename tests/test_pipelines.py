@@ -228,8 +228,8 @@ def test_editors_start_at_ratio_1_from_records_with_sources(name, tmp_path):
     pipe, args = make(name)
     data.drive(pipe, CPU)
     args.pop("image")
-    records, settings, media = edits(tmp_path), options("--group-size", "2", "--pairs", "all", "--batch-size", str(EDITORS[name])), []
-    for seeds in sum(grpo.sample_seeds([0, 1], 5, settings), []):
+    records, settings, media = edits(tmp_path), options("--num-prompts", "2", "--group-size", "2", "--pairs", "all", "--batch-size", str(EDITORS[name])), []
+    for seeds in sum(grpo.sample_seeds(2, 5, settings), []):
         rollout = grpo.sample(pipe, records, seeds, settings, {**args, "num_inference_steps": STEPS, "output_type": "pt"})
         assert policy_gradient(pipe, rollout, ADVANTAGES[:len(seeds)], settings) == 0
         media += rollout.media

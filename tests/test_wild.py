@@ -404,21 +404,6 @@ def test_prompts_that_are_cut_are_reported(family, seen, capsys):
     assert line.endswith("p:3")
 
 
-def test_check_reports_prompts_that_are_cut(generator_folder, tmp_path, capsys):
-    """The toy generator takes 12 words, the end mark among them."""
-    path = tmp_path / "p.txt"
-    path.write_text("a " * 11 + "\n" + "a " * 12)
-    data.main(["check", str(path), "--model", generator_folder])
-    out = capsys.readouterr().out
-    assert "1 of 2 prompts have more than the 12 tokens" in out and f"{path}:2\n" in out
-
-
-def test_check_with_a_generator_takes_any_records(generator_folder, tmp_path, capsys):
-    path, _ = write_records(tmp_path, None, task())
-    data.main(["check", str(path), "--model", generator_folder])
-    assert "2 trace records with 1 images, all well formed" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("family", ["SD1.5", "FLUX.1", "Wan 2.1"])
 @pytest.mark.parametrize("size", [(96, 32), (32, 96)])
 def test_media_are_cropped_not_squashed(family, size):
