@@ -216,8 +216,7 @@ def gaussian_kl(mean, ref_mean, std):
     return ((mean - ref_mean) ** 2 / (2 * std ** 2)).flatten(1).mean(1)
 
 def mean_and_kl(pipe, rollout, i, args):
-    """mean_at and the KL (B,) to the model without its adapters, 0 without --kl; at a deterministic
-    step it is the KL that noise would give."""
+    """mean_at, and the KL (B,) to the model without adapters, as if noise were drawn; or 0."""
     if args.kl:
         with torch.no_grad(), disable_lora():
             ref_mean, _ = mean_at(pipe, rollout, i, args)
