@@ -5,9 +5,8 @@
     python dpo.py --task generator          the toy generator, on pairs of its own samples
     torchrun --nproc_per_node=8 dpo.py --model ...      real models: README.md has the commands
 
-Given people's choices between images, the judge writes several verdicts on each pair, and a right
-one is chosen over a wrong one. Given prompts, the generator makes several candidates for each, of
-which a judge finds the best and the worst.
+Given people's choices, the judge writes several verdicts on each pair of images, and a right one is
+chosen over a wrong one. Given prompts, a judge finds the best and the worst of several candidates.
 Shapes: B pairs, T tokens, N response tokens, G candidates of a prompt; (...) latents.
 """
 import math, random
@@ -64,9 +63,8 @@ def parse_args(argv=None):
 
 # ---------- The loss of both tasks
 def dpo_loss(logps, reference_logps, beta):
-    """(losses (B,), {name: sum over the pairs} for the log) from log-probabilities (2B,), those of
-    the chosen first. Eq. 7 of arXiv 2305.18290; a reward is beta times the log-ratio to the
-    reference. A policy that equals the reference gives ln 2."""
+    """(losses (B,), {name: sum over the pairs}) of log-probabilities (2B,), of the chosen first.
+    Eq. 7 of arXiv 2305.18290: a reward is beta times the log-ratio to the reference."""
     chosen, rejected = (beta * (logps - reference_logps)).chunk(2)              # rewards
     losses = -F.logsigmoid(chosen - rejected)
     stats = {"loss": losses, "rewards/chosen": chosen, "rewards/rejected": rejected,

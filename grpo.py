@@ -38,7 +38,7 @@ def parse_args(argv=None):
     add("--eval-every", type=int, default=16, help="steps between evaluations, 0: none in between")
     add("--num-prompts", type=int, default=12, help="prompts per step, over all ranks")
     add("--group-size", type=int, default=8, help="samples of a prompt")
-    add("--eta", type=float, default=0.7, help="noise level of the stochastic sampling steps")
+    add("--eta", type=float, default=1.0, help="noise level of the stochastic sampling steps")
     add("--sde-steps", type=int, default=3, help="so many sampling steps are stochastic")
     add("--reward", default="flex", help="flex, score, FILE.py:function, or flex:.7,FILE.py:f:.3")
     add("--pairs", default="ring:2", help="all, or ring:K: each sample meets its next K on a ring")
@@ -119,16 +119,18 @@ def group_generators(seeds):
     return [seeded_generator(*seed[:-1]) for seed in seeds]
 
 def mean_at(pipe, rollout, i, args):
-    """(mean, std) of the policy's sde_step at step i of a rollout, by a call that ends there."""
+    """(mean, std) of the policy's sde_step at step i of a rollout, by a call that ends there. Of a
+    deterministic step std is the length, so that its KL is half the squared error of v."""
     with autocast(args, pipe.device):
         v = predict(pipe, rollout.x[i], rollout.timesteps[i], **rollout.call,
                     generator=group_generators(rollout.seeds))
-    return sde_step(rollout.sigmas, i, rollout.x[i], v, args.eta)
+    if i < args.sde_steps:
+        return sde_step(rollout.sigmas, i, rollout.x[i], v, args.eta)
+    return sde_step(rollout.sigmas, i, rollout.x[i], v, 0.0)[0], -rollout.sigmas.diff()[i]
 
 # ---------- The reward: verdicts -> win rates -> advantages
 def judge_rollouts(rollouts, before, judge, rewards, args):
-    """Find the advantages of whole groups, after the rollouts `before` have theirs: those of each
-    reward, summed by weight, within +-5."""
+    """Find the advantages of whole groups, within +-5, once the rollouts `before` have theirs."""
     if before:
         before[-1].judged.result()
     if torch.cuda.is_available():                   # a thread has its own current device
@@ -224,9 +226,13 @@ def mean_and_kl(pipe, rollout, i, args):
     kl = gaussian_kl(mean, ref_mean, std) if args.kl else torch.zeros(len(mean)).to(mean)
     return mean, std, kl
 
+def late_step(rollout, step, args):
+    """The index of a sampling step in the later half of the deterministic ones, by turns."""
+    midway = (args.sde_steps + len(rollout.x)) // 2
+    return midway + step % (len(rollout.x) - midway)
+
 def check_ratio(ratio_errors, args):
-    """The ranks' largest |ratio - 1| before the first update. RuntimeError: it is not 0, so the
-    policy that is trained is not the one that sampled."""
+    """The ranks' largest |ratio - 1| before the first update. RuntimeError: it is not 0."""
     ratio_errors = gather_list(ratio_errors)
     tolerance = 1e-2 if args.bf16 else 1e-5
     if not all(error <= tolerance for error in ratio_errors):       # NaN is not either
@@ -275,9 +281,10 @@ def main(argv=None):
             rollouts += sampled
         rollout_s = time.time() - started
 
-        # update: the clipped policy gradient and the KL at the stochastic steps, and the KL midway
-        # through the others: these make fine detail, which drifts where nothing holds it
-        num_terms = args.num_prompts * args.group_size * args.sde_steps
+        # update: the clipped policy gradient and the KL at the stochastic steps, and the KL at a
+        # late one: the late steps make fine detail, which drifts where nothing holds it
+        num_samples = args.num_prompts * args.group_size
+        num_terms = num_samples * args.sde_steps
         stats = Counter(loss=0.0, kl=0.0, later_kl=0.0, clip_fraction=0.0)
         ratio_errors = []
         for update in range(args.updates):
@@ -293,11 +300,10 @@ def main(argv=None):
                                  clip_fraction=clipped.sum().item() / num_terms)
                     ratio_errors.append((ratio - 1).abs().max().item())
                 if args.kl:
-                    midway = (args.sde_steps + len(rollout.x)) // 2
-                    *_, kl = mean_and_kl(pipe, rollout, midway, args)
-                    loss = args.kl * kl.sum() / num_terms
+                    *_, kl = mean_and_kl(pipe, rollout, late_step(rollout, step, args), args)
+                    loss = args.kl * kl.sum() / num_samples
                     loss.backward()
-                    stats.update(loss=loss.item(), later_kl=loss.item() / args.kl * args.sde_steps)
+                    stats.update(loss=loss.item(), later_kl=loss.item() / args.kl)
             if update == 0:
                 ratio_error = check_ratio(ratio_errors, args)
             row = optimizer_step(policy, optimizers, step, args)
@@ -319,8 +325,7 @@ def main(argv=None):
     finish_log(args, {"before": before, "after": after}, f"look at {args.out}/before_after.html")
 
 def check_run(args, pipe, records, call):
-    """ValueError, RuntimeError: options that do not fit, or a pipeline that cannot be driven, as a
-    rollout of two samples and its replay show."""
+    """ValueError, RuntimeError: options that do not fit, or a rollout that replays otherwise."""
     if prediction_type(pipe) != "flow":
         raise ValueError(f"{args.model} predicts {prediction_type(pipe)}: it is no flow")
     if args.kl and not args.lora_rank:
@@ -352,8 +357,7 @@ def check_run(args, pipe, records, call):
         print(f"max |ratio - 1| of a trial rollout: {ratio_error:.3g}", flush=True)
 
 def evaluate(pipe, judge, base_media, args, call, num=None):
-    """{name: number} of (the first num) held-out samples: what --watch measures, and the judge's
-    win rate over the base's of equal seeds."""
+    """{name: number} of (the first num) held-out samples: of --watch, and who wins by the judge."""
     media, numbers = evaluate_samples(pipe, args, call, base_media, num)
     if judge is None:
         return numbers

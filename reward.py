@@ -76,9 +76,8 @@ def check_text(text):
         raise ValueError(f"the text {text[:80]!r} is empty or holds a control token, {token!r}")
 
 def instruction(prompt, medium="Image", template=TEMPLATE):
-    """The text of the question: {prompt} in the template filled in, {medium} and {anchors} where it
-    has them; other braces stay, but str.format's doubled ones become single.
-    ValueError: check_text's, or a template without {prompt}."""
+    """The question: the template with {prompt}, {medium} and {anchors} filled in; doubled braces
+    become single, as in str.format. ValueError: check_text's, or a template without {prompt}."""
     check_text(prompt)
     if "{prompt}" not in template:
         raise ValueError("the template has no {prompt}; put {prompt} where the prompt belongs")
@@ -275,8 +274,7 @@ def read_json(answer, verdict):
             issues.append(f"category {anchor} comes twice, the first one counts")
 
 def find_objects(answer, issues):
-    """[dict, ...]: the outermost JSON objects with a verdict. ValueError: a malformed one, or a
-    category alone, so that nobody can tell root from nested."""
+    """[dict, ...]: the outermost JSON objects with a verdict. ValueError: one is malformed."""
     text = re.sub(r",(\s*[}\]])", r"\1", answer.strip())
     decoder = json.JSONDecoder(strict=False, parse_int=float, object_pairs_hook=join_members)
     roots = []
@@ -514,10 +512,9 @@ def leave_out_video():
             {"video_processor": {}} if "video_processor" in stock(type(self)) else {})
 
 class ServerJudge:
-    """OpenAI-compatible servers: ServerJudge(["http://localhost:8000", ...]). ValueError: none
-    answers. `batch_size` requests are in flight. One that takes `timeout` seconds or gets a status
-    of 408, 429 or 5xx is tried `retries` times more, at the next URL; then the answer is a
-    Failure."""
+    """OpenAI-compatible servers, at ["http://localhost:8000", ...]. ValueError: none answers.
+    `batch_size` requests are in flight. One that takes `timeout` seconds or gets a status of 408,
+    429 or 5xx is tried `retries` times more, at the next URL; then the answer is a Failure."""
     def __init__(self, urls, model=None, template=None, score_template=None, batch_size=None,
                  timeout=300.0, retries=4, max_new_tokens=None, seed=0):
         self.urls = [re.sub(r"(/v1)?(/chat/completions)?/*$", "", url) for url in urls]
@@ -563,8 +560,8 @@ class ServerJudge:
                 reason = f"HTTP {status}: {data[:300].decode(errors='replace')}"
                 if status == 200:
                     answer = json.loads(data)
-                    for key in keys:
-                        answer = answer[key]
+                    for part in keys:
+                        answer = answer[part]
                     return answer + ""                  # TypeError: it is no text
                 if status not in (408, 429) and status < 500:
                     break
@@ -612,8 +609,7 @@ def ask(judge, questions, **options):
     return texts
 
 def compare_groups(judge, groups, schedule):
-    """[verdicts, ...] of groups [(prompt, media, source), ...] on the pairs that `schedule` has for
-    each; all are asked at once."""
+    """[verdicts, ...] of groups [(prompt, media, source), ...], each on its pairs in `schedule`."""
     questions = []
     for (prompt, media, source), pairs in zip(groups, schedule):
         questions += [Comparison(prompt, media[i], media[j], source) for i, j in pairs]

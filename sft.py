@@ -316,6 +316,8 @@ def prepare_training(policy, args, device):
         elif args.grad_ckpt:                                                    # diffusers
             model.enable_gradient_checkpointing()
         shard_model(model.train(), args, device)
+        if not args.lora_rank:
+            model.float()                            # now: a rank's share, not a copy a rank
 
 def has_bf16():
     if torch.cuda.is_available():
@@ -333,9 +335,10 @@ def autocast(args, device):
 
 # ---------- the judge
 def load_trained_judge(args, device):
-    """The LocalJudge that is trained, its weights on the CPU where they are to be sharded."""
-    judge = LocalJudge(args.model, device="cpu" if args.fsdp else device,
-                       dtype=weights_dtype(args, device), **judge_options(args))
+    """The LocalJudge that is trained; until it is sharded, on the CPU in the type it is stored."""
+    place = "cpu" if args.fsdp else device
+    dtype = "auto" if args.fsdp and not args.lora_rank else weights_dtype(args, device)
+    judge = LocalJudge(args.model, device=place, dtype=dtype, **judge_options(args))
     judge.model.set_attn_implementation("sdpa" if device.type == "cuda" else "eager")
     judge.encoder = load_processor(args.model)       # for a thread: no two may use one tokenizer
     return judge

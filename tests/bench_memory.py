@@ -131,6 +131,7 @@ def prepare(model, frozen, loss, args):
         p.data = p.data.to(sft.weights_dtype(args, torch.device("cuda")))
     for module in model.modules():
         module.to = lambda device: None             # it is there, and fake weights cannot move
+        module.float = lambda: None
     sft.prepare_training(model, args, torch.device("cpu"))
     optimizers = sft.make_optimizers(model)
     optimizers[0].param_groups[0]["foreach"] = True             # the default on a GPU

@@ -112,7 +112,7 @@ def test_a_rollout_records_its_own_noise(pipe):
     """x[i+1] = mean + std noise, where noise is a function of the sample's seed and i."""
     rollout = grpo.sample(pipe, RECORDS, SEEDS, arguments(), call(pipe))
     for i in range(3):
-        std = grpo.sde_step(rollout.sigmas, i, rollout.x[i], rollout.x[i], .7)[1]
+        std = grpo.sde_step(rollout.sigmas, i, rollout.x[i], rollout.x[i], 1.0)[1]
         noise = torch.stack([data.seeded_noise(rollout.x[0].shape[1:], *seed, i) for seed in SEEDS])
         assert torch.equal(rollout.x[i + 1], rollout.means[i] + std * noise)
 
@@ -170,7 +170,7 @@ def test_first_update_is_the_policy_gradient(batch_size, generator_folder, files
         for rollout in rollouts:
             for i in range(3):
                 v = data.predict(pipes[0], rollout.x[i], rollout.timesteps[i], **rollout.call)
-                mean, std = grpo.sde_step(rollout.sigmas, i, rollout.x[i], v, .7)
+                mean, std = grpo.sde_step(rollout.sigmas, i, rollout.x[i], v, 1.0)
                 logp = Normal(mean, std).log_prob(rollout.x[i + 1]).mean((1, 2))
                 (-(rollout.advantages * logp).sum() / 18).backward()
         for name, p in policy.named_parameters():
@@ -325,25 +325,31 @@ def test_kl_is_0_at_the_base_and_grows_away_from_it(generator_folder, judge_fold
     assert kl[0] == 0 < kl[1]
 
 
-def test_the_kl_is_torchs_at_the_stochastic_steps_and_midway_through_the_others(generator_folder, judge_folder, files, tmp_path, monkeypatch):
-    """Three of seven steps are stochastic, the fifth is midway; the log has the means over samples (and over the three)."""
+def test_the_kl_is_torchs_at_the_stochastic_steps_and_at_a_late_one(generator_folder, judge_folder, files, tmp_path, monkeypatch):
+    """Three of seven steps are stochastic, the last two are late; there half the squared distance of velocities counts. The log has means over samples."""
     fake_verdicts(monkeypatch)
-    seen, stock = [], grpo.mean_at
+    seen, stock, stock_predict, predicted = [], grpo.mean_at, grpo.predict, []
+
+    def predict(*inputs, **options):
+        predicted.append(stock_predict(*inputs, **options))
+        return predicted[-1]
 
     def mean_at(pipe, rollout, i, args):
         mean, std = stock(pipe, rollout, i, args)
-        seen.append((i, torch.is_grad_enabled(), sft.LoRALinear.enabled, Normal(mean.detach(), std.expand_as(mean))))
+        seen.append((i, torch.is_grad_enabled(), sft.LoRALinear.enabled, Normal(mean.detach(), std.expand_as(mean)), predicted[-1].detach()))
         return mean, std
+    monkeypatch.setattr(grpo, "predict", predict)
     monkeypatch.setattr(grpo, "mean_at", mean_at)
     grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", judge_folder, "--kl", ".1", "--max-steps", "3", "--lr", "1e-2",
                       "--eval-every", "0", "--batch-size", "3", "--pipe-args", '{"num_inference_steps": 7}'))
     pairs = [(seen[k], seen[k + 1]) for k in range(len(seen)) if not seen[k][2]]                # the reference, then the policy
-    assert [reference[0] for reference, _ in pairs] == 3 * 2 * [0, 1, 2, 5]                     # steps of two rollouts
+    assert [reference[0] for reference, _ in pairs] == 2 * [0, 1, 2, 5] + 2 * [0, 1, 2, 6] + 2 * [0, 1, 2, 5]          # two rollouts a step
     assert all(reference[:2] == (policy[0], False) and policy[1] for reference, policy in pairs)
     kl = torch.stack([torch.distributions.kl_divergence(policy[3], reference[3]).mean() for reference, policy in pairs]).view(3, 2, 4)
-    for row, ours in zip(rows(tmp_path / "run"), kl):
+    apart = torch.stack([torch.nn.functional.mse_loss(policy[4], reference[4]) / 2 for reference, policy in pairs]).view(3, 2, 4)
+    for row, ours, late in zip(rows(tmp_path / "run"), kl, apart):
         assert row["kl"] == pytest.approx(ours[:, :3].mean().item(), rel=1e-4, abs=1e-9)
-        assert row["later_kl"] == pytest.approx(ours[:, 3].mean().item(), rel=1e-4, abs=1e-9)
+        assert row["later_kl"] == pytest.approx(late[:, 3].mean().item(), rel=1e-4, abs=1e-9)
     assert all(row["kl"] > 0 and row["later_kl"] > 0 for row in rows(tmp_path / "run")[1:])
 
 

@@ -1,11 +1,14 @@
 """torchrun on the CPU: any number of ranks, copies (DDP) or shards (FSDP2), equals one process; a failing rank ends the run."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText
 
 from conftest import ROOT
 from test_sft import preferences, rows, small, weights
@@ -33,7 +36,10 @@ def runs(judge_folder, generator_folder, toy_folder, tmp_path_factory):
     judge, generator = small(toy_folder), small(toy_folder, "generator")
     prompts = ["--data", f"{toy_folder}/prompts.txt", "--eval-data", f"{toy_folder}/prompts_test.txt"]
     grpo = ["grpo", "--reward", f"{path}/bright.py:bright", "--eval-every", "0"]        # an untrained judge would reward nothing
-    stages = {"sft": ["sft", *judge, "--model", judge_folder, "--optim", "adamw"],
+    stored = path / "stored in bfloat16"               # as released judges are
+    shutil.copytree(judge_folder, stored)
+    AutoModelForImageTextToText.from_pretrained(judge_folder).bfloat16().save_pretrained(stored)
+    stages = {"sft": ["sft", *judge, "--model", str(stored), "--optim", "adamw"],
               "sftlora": ["sft", *judge, "--model", judge_folder, "--lora-rank", "4", "--optim", "adamw"],
               "generator": ["sft", *generator, "--model", generator_folder, "--optim", "adamw"],
               "dpolora": ["dpo", *judge, "--model", judge_folder, "--data", preferences(path), "--lora-rank", "4"],
@@ -70,6 +76,9 @@ def test_ranks_equal_one_process(run, runs):
     apart = max((a[k] - b[k]).abs().max().item() for k in a)
     assert apart < 1.5e-4, apart                     # of 2 steps of 1e-4: Adam's sign may flip where a gradient is nearly 0
     assert (runs / run / "model").exists()
+    if "sft" in run:
+        with safe_open(runs / run / "model/model.safetensors", "pt") as file:
+            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}
     ends = [json.loads((runs / name / "log.jsonl").read_text().splitlines()[-1]) for name in (single, run)]
     for column, numbers in ends[0].items():          # of held-out samples, each rank its share
         assert ends[1][column] == pytest.approx(numbers, rel=1e-3, abs=1e-3, nan_ok=True)
