@@ -274,7 +274,7 @@ def read_json(answer, verdict):
             issues.append(f"category {anchor} comes twice, the first one counts")
 
 def find_objects(answer, issues):
-    """[dict, ...]: the outermost JSON objects with a verdict. ValueError: one is malformed."""
+    """[dict, ...]: the outermost objects with a verdict. ValueError: malformed, a lone category."""
     text = re.sub(r",(\s*[}\]])", r"\1", answer.strip())
     decoder = json.JSONDecoder(strict=False, parse_int=float, object_pairs_hook=join_members)
     roots = []

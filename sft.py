@@ -335,7 +335,7 @@ def autocast(args, device):
 
 # ---------- the judge
 def load_trained_judge(args, device):
-    """The LocalJudge that is trained; until it is sharded, on the CPU in the type it is stored."""
+    """The LocalJudge that is trained; with --fsdp it is on the CPU, all of it as it is stored."""
     place = "cpu" if args.fsdp else device
     dtype = "auto" if args.fsdp and not args.lora_rank else weights_dtype(args, device)
     judge = LocalJudge(args.model, device=place, dtype=dtype, **judge_options(args))
