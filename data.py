@@ -18,6 +18,7 @@ import argparse, codecs, copy, functools, hashlib, inspect, json, math, os, rand
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import diffusers
 import torch
@@ -207,8 +208,8 @@ def normalize_record(record):
     name = medium_of(record)
     if isinstance(record.get(name), str):
         record[name] = [record[name]]
-    is_chat = isinstance(record.get("prompt", record.get("chosen")), list)
-    if is_chat or "conversations" in record or "messages" in record:
+    turns = record.get("prompt", record.get("chosen"))         # a list in TRL's chats
+    if isinstance(turns, list) or "conversations" in record or "messages" in record:
         record = from_chat(record)
     elif "instruction" in record:                             # the other two are Alpaca's
         parts = [record.pop(part, None) for part in ("system", "instruction", "input")]
@@ -246,7 +247,7 @@ def from_chat(record):
 
 # ---------- batches
 def batch_indices(num_records, batch_size, step, seed):
-    """The `batch_size` record indices of a global step, in a new order each epoch."""
+    """The `batch_size` record indices of a global step, a function of (seed, step) alone."""
     indices = []
     while len(indices) < batch_size:
         epoch, start = divmod(step * batch_size + len(indices), num_records)
@@ -269,7 +270,7 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
         images.append(media)
         check_text(response)
     batch = dict(processor(text=texts, images=images, padding=True, padding_side="right",
-                           return_tensors="pt"))
+                           add_special_tokens=False, return_tensors="pt"))
     input_ids = []
     labels = []
     for i, (record, response) in enumerate(zip(records, responses)):
@@ -310,12 +311,12 @@ def source_images(records):
     return {"image": images[0] if is_one else images}
 
 def encode_records(pipe, records, call):
-    """(N, ...) clean latents on the CPU of every record's medium. ValueError: other frames."""
+    """N clean latents (...) on the CPU, of every record's medium. ValueError: other frames."""
     num_frames = num_frames_of(pipe, call)
     latents = []
-    for start in tqdm(range(0, len(records), 16), "latents", leave=False, disable=None):
+    for start in tqdm(range(0, len(records), 4), "latents", leave=False, disable=None):
         media = []
-        for record in records[start:start + 16]:
+        for record in records[start:start + 4]:
             item = record[medium_of(record)][0]
             frames = load_media(item, num_frames + 1)
             if len(frames) != num_frames:
@@ -323,8 +324,8 @@ def encode_records(pipe, records, call):
                 raise ValueError(f"{record.get('where', 'a record')}: {item} has {count} frames, "
                                  f"the pipeline makes {num_frames}: num_frames in --pipe-args")
             media.append(frames)
-        latents.append(encode_media(pipe, media, call).cpu())
-    return torch.cat(latents)
+        latents += [x.clone() for x in encode_media(pipe, media, call).cpu()]   # a view pickles all
+    return latents
 
 @torch.no_grad()
 def encode_media(pipe, media, call):
@@ -431,12 +432,12 @@ def load_pipeline(path, device, dtype=torch.float32, fsdp=False):
     """The pipeline in a folder or hub repository, driven; its pipe.call_args: pipe_args.json."""
     local = Path(path).is_dir()                      # whose own code (*.py) is trusted
     folder = path if local else diffusers.DiffusionPipeline.download(path)
-    for turn in range(dist.get_world_size() if dist.is_initialized() else 1):
-        if not dist.is_initialized() or turn == dist.get_rank():     # as code goes to one cache
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                folder, torch_dtype=dtype, trust_remote_code=local)
-        if dist.is_initialized():
-            dist.barrier()
+    if dist.is_initialized() and dist.get_rank():    # rank 0 first, as code goes to one cache
+        dist.barrier()
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        folder, torch_dtype=dtype, trust_remote_code=local)
+    if dist.is_initialized() and not dist.get_rank():
+        dist.barrier()
     pipe.folder = folder
     call_args = Path(folder, "pipe_args.json")
     pipe.call_args = json.loads(call_args.read_text()) if call_args.exists() else {}
@@ -606,9 +607,6 @@ def reward_values(reward, media, prompts):
     return tensors
 
 # ---------- a judge's accuracy
-def mean(values):
-    return sum(values) / len(values) if values else math.nan
-
 def evaluate_judge(judge, pairs, seed=0, share=lambda function, items: function(items)):
     """{name: number}: how good a judge is on pairs, each shown in a random order and then in the
     other. winner_accuracy leaves out pairs that people call a tie ("diff" of GenAI-Bench), in
@@ -617,7 +615,7 @@ def evaluate_judge(judge, pairs, seed=0, share=lambda function, items: function(
         return judge([as_question(pair, swap) for pair, swap in shown])
     rng = random.Random(seed)
     swaps = [rng.random() < 0.5 for _ in pairs]
-    shown = list(zip([*pairs, *pairs], [*swaps, *[not swap for swap in swaps]]))
+    shown = [*zip(pairs, swaps), *zip(pairs, [not swap for swap in swaps])]
     verdicts = []
     for start in tqdm(range(0, len(shown), CHUNK), "verdicts", disable=None):
         verdicts += [parse_verdict(text) for text in share(answer, shown[start:start + CHUNK])]
@@ -632,11 +630,11 @@ def evaluate_judge(judge, pairs, seed=0, share=lambda function, items: function(
     right = [winner == label for winner, label in zip(winners, labels)]
     again = winners[len(pairs):]                            # in the other order
     return {
-        "winner_accuracy": mean([ok for ok, label in zip(right, labels) if label != 0]),
-        "tau_accuracy": mean(right),
-        "parse_rate": mean(complete),
-        "swap_consistency": mean([a is not None and a == b for a, b in zip(winners, again)]),
-        "first_position_share": mean([v.winner == 1 for v in verdicts if v.winner]),
+        "winner_accuracy": fmean([ok for ok, label in zip(right, labels) if label] or [math.nan]),
+        "tau_accuracy": fmean(right),
+        "parse_rate": fmean(complete),
+        "swap_consistency": fmean([a is not None and a == b for a, b in zip(winners, again)]),
+        "first_position_share": fmean([v.winner == 1 for v in verdicts if v.winner] or [math.nan]),
         "failures": sum(isinstance(verdict.text, Failure) for verdict in verdicts)}
 
 # ---------- distill: a teacher's traces

@@ -22,7 +22,6 @@ from data import (WINNERS, as_question, batch_indices, encode_records, kind_of, 
                   read_records, sample_media, swap_at_random, unguided, write_jsonl)
 from reward import (FORBIDDEN, Candidate, Failure, ask, compare_groups, judge_options, load_judge,
                     load_media, parse_score, parse_verdict, sample_pairs, win_rates)
-# the toolbox lies at the end of sft.py, the driver of pipelines in data.py
 from sft import (add_noise, autocast, call_sharded, disable_lora, dry_run, encode_responses,
                  evaluate_folder, evaluate_samples, finish_log, gather_list, get_rank,
                  get_world_size, load_checkpoint, load_generator, load_trained_judge, log_row,
@@ -45,7 +44,7 @@ NUM_PROMPTS = 640                       # the first ones of --data, that candida
 CHUNK = 12                              # prompts whose candidates are in memory
 
 def parse_args(argv=None):
-    parser = stage_parser(__doc__)      # what all stages share
+    parser = stage_parser(__doc__, add_help=False)      # what all stages share
     add = parser.add_argument
     add("--task", choices=["judge", "generator"], default="judge", help="what is trained")
     add("--num-samples", type=int, help="verdicts or candidates of each record  [%(default)s]")
@@ -56,6 +55,7 @@ def parse_args(argv=None):
     add("--beta", type=float, help="strength of the KL constraint  [%(default)s]")
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
     parser.set_defaults(**DEFAULTS[parser.parse_known_args(argv)[0].task])
+    add("-h", "--help", action="help")  # now, as it prints the defaults
     args = parser.parse_args(argv)
     if args.lora_rank < 1:
         parser.error("the reference is the model without adapters: pass --lora-rank 1 or more")
@@ -185,7 +185,7 @@ def encode_pairs(pipe, records, call):
             name = medium_of(record)
             place = 0 if WINNERS[record["winner"]] == winner else 1
             media.append({**record, name: [record[name][place]]})
-    return encode_records(pipe, media, call).unflatten(0, (2, -1))
+    return torch.stack(encode_records(pipe, media, call)).unflatten(0, (2, -1))
 
 # ---------- Sampling what is compared
 def load_or_sample(args, kind, sample, *inputs):
@@ -238,7 +238,7 @@ def rank_traces(traces, winner):
 
 def rank_pairs(sample, pairs, num_traces):
     """[(case, preference or None), ...] of pairs, from `num_traces` traces of each."""
-    texts = iter(ask(sample, [as_question(pair) for pair in pairs for _ in range(num_traces)]))
+    texts = iter(ask(sample, sum(([as_question(pair)] * num_traces for pair in pairs), [])))
     results = []
     for pair in pairs:
         traces = [text for text in islice(texts, num_traces) if not isinstance(text, Failure)
@@ -265,7 +265,8 @@ def sample_best_and_worst(args, pipe, call):
     cases = []
     size = CHUNK * get_world_size()
     for start in tqdm(range(0, len(indices), size), "candidates", disable=get_rank() > 0):
-        cases += split_over_ranks(sample_and_rank, indices[start:start + size])
+        found = split_over_ranks(sample_and_rank, indices[start:start + size])
+        cases += [(case, pair if get_rank() == 0 else bool(pair)) for case, pair in found]
     return cases
 
 def rank_groups(judge, args, prompts, groups):
@@ -286,10 +287,10 @@ def rank_groups(judge, args, prompts, groups):
     candidates = [Candidate(prompt, frames) for prompt, media, _ in entries for frames in media]
     texts = judge(candidates) if is_scored else []
     cases = []
-    for i, group, *comparisons in zip(groups, groups.values(), schedule, verdicts):
+    for k, (i, group) in enumerate(groups.items()):
         scores = [parse_score(texts.pop(0)) for _ in group] if is_scored else None
         rng = random.Random(f"{args.seed} {i} order")
-        cases.append(pair_of(prompts[i], group, *comparisons, scores, rng))
+        cases.append(pair_of(prompts[i], group, schedule[k], verdicts[k], scores, rng))
     return cases
 
 def best_of_n(pairs, verdicts, scores, num):
@@ -301,9 +302,9 @@ def best_of_n(pairs, verdicts, scores, num):
         winners = losers = [i for i in range(num) if not math.isnan(values[i][0])]
     else:
         values = [(score,) for score in scores]
-        decided = [(pair, v.winner) for pair, v in zip(pairs, verdicts) if v.winner]
-        winners = [pair[k - 1] for pair, k in decided if scores[pair[k - 1]] is not None]
-        losers = [pair[2 - k] for pair, k in decided if scores[pair[2 - k]] is not None]
+        won = [p if v.winner == 1 else p[::-1] for p, v in zip(pairs, verdicts) if v.winner]
+        winners = [first for first, _ in won if scores[first] is not None]
+        losers = [second for _, second in won if scores[second] is not None]
     if not winners or not losers:
         return None
     best = max(winners, key=values.__getitem__)

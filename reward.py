@@ -196,12 +196,11 @@ class Verdict:
 NOUN = "(?:image|video|candidate|option|answer|response)"
 FIRST = rf"(?:the )?(?:{NOUN}[ _#:-]*(?:1|a|one)|1|a|first(?: {NOUN}| one)?)"
 SECOND = rf"(?:the )?(?:{NOUN}[ _#:-]*(?:2|b|two)|2|b|second(?: {NOUN}| one)?)"
-WINS = (r" (?:wins|(?:is|looks) (?:(?:much|slightly|clearly|the) )*"
-        rf"(?:better|best|winner|preferred|superior)(?: {NOUN}| one)?(?: (?:than|to|over) OTHER)?)")
+WINS = (r"{0} (?:wins|(?:is|looks) (?:(?:much|slightly|clearly|the) )*"
+        rf"(?:better|best|winner|preferred|superior)(?: {NOUN}| one)?(?: (?:than|to|over) {{1}})?)")
 TIE = (r"(?:it's |it is )?(?:a )?(?:tie|tied|draw|equal|same)"
        rf"|(?:both|the two) {NOUN}s are equal(?:ly (?:good|bad))?")
-CLAIMS = {1: FIRST + WINS.replace("OTHER", SECOND),
-          2: SECOND + WINS.replace("OTHER", FIRST), 0: TIE}
+CLAIMS = {1: WINS.format(FIRST, SECOND), 2: WINS.format(SECOND, FIRST), 0: TIE}
 WINNERS = {1: rf"{FIRST}|{CLAIMS[1]}|\[\[(?:a|a>+b|b<+a)\]\]",         # and arena's [[A>B]]
            2: rf"{SECOND}|{CLAIMS[2]}|\[\[(?:b|b>+a|a<+b)\]\]",
            0: rf"{TIE}|\[\[(?:c|[ab]=[ab](?:=bad)?)\]\]"}
@@ -322,7 +321,7 @@ def read_category(data, issues):
         lead += criterion.score_1 - criterion.score_2
         if criterion.total() != 10:
             issues.append(f"{where}: the scores {' + '.join(written)} are not 10")
-        elif str in (type(row["score_1"]), type(row["score_2"])):
+        elif isinstance(row["score_1"], str) or isinstance(row["score_2"], str):
             issues.append(f"{where}: a score is text")
     winner = read_winner(data.get("cat_winner"))
     if winner is None:
@@ -443,12 +442,11 @@ def normalize(values, std_floor=0.0, eps=1e-8):
 
 def group_advantages(rates, alpha=0.7, std_floor=0.0):
     """(G,) A = alpha z(R_cat) + (1 - alpha) z(R_all), each side normalised before the blend (Sec.
-    3.3.2 of arXiv 2602.02380). Where an item has a value on one side only, that side counts alone.
+    3.3.2 of arXiv 2602.02380). Where no category of an item is decided, overall counts alone.
     Worked: rates 1, .5, 0 on both sides give 1, 0, -1."""
     category = normalize(rates.category, std_floor)
     overall = normalize(rates.overall, std_floor)
     advantages = alpha * category + (1 - alpha) * overall
-    advantages = torch.where(rates.overall.isnan(), category, advantages)
     return torch.where(rates.category.isnan(), overall, advantages)
 
 # ---------- 4. Judges: judge(questions, temperature=0.0) -> [text or Failure, ...]
@@ -485,7 +483,7 @@ class LocalJudge:
             chats = [build_messages(q, self.templates[type(q)]) for q in batch]
             inputs = self.processor(
                 text=[chat_text(self.processor, messages) for messages, _ in chats],
-                images=[images for _, images in chats],
+                images=[images for _, images in chats], add_special_tokens=False,
                 padding=True, padding_side="left", return_tensors="pt").to(self.model.device)
             tokens = self.model.generate(
                 **inputs, **options, max_new_tokens=self.max_new_tokens, repetition_penalty=1.0,
@@ -725,9 +723,7 @@ def main(argv=None):
 
 def compare(args, judge, media, source):
     """Print the verdict on two items, or the order of a group; --html writes all verdicts."""
-    pairs = [(0, 1)]
-    if len(media) != 2:
-        pairs = sample_pairs(len(media), args.pairs, random.Random(0))
+    pairs = [(0, 1)] if len(media) == 2 else sample_pairs(len(media), args.pairs, random.Random(0))
     [verdicts] = compare_groups(partial(ask, judge), [(args.prompt, media, source)], [pairs])
     rates = win_rates(pairs, verdicts, len(media))
     advantages = group_advantages(rates)

@@ -9,7 +9,7 @@ After the stage comes the toolbox that all stages share: ranks, LoRA, optimizers
 Shapes: B records, T tokens, N response tokens, V vocabulary, H hidden size; (...) latents.
 """
 import argparse, atexit, contextlib, fcntl, hashlib, json, math, os, re
-import resource, shutil, subprocess, time, warnings
+import resource, shutil, subprocess, sys, time, warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,25 +33,27 @@ from data import (StopPipeline, as_question, batch_indices, denoisers, encode, e
                   read_records, report_long_prompts, reward_values, run_pipeline, sample_media,
                   seeded_generator, seeded_noise, unguided)
 from reward import (Candidate, Comparison, LocalJudge, add_judge_options, format_verdict,
-                    judge_options, load_processor, parse_verdict, report_html, run_in_threads)
+                    judge_options, load_media, load_processor, parse_verdict, report_html,
+                    run_in_threads)
 
 DEFAULTS = {
     "judge": {
         "model": "out/toy/judge", "data": "out/toy/traces.jsonl", "out": "out/judge-sft",
-        "eval_data": "out/toy/pairs_test.jsonl", "lr": 2e-3, "max_steps": 1200, "batch_size": 16},
+        "eval_data": "out/toy/pairs_test.jsonl", "lr": 2e-3, "max_steps": 1600, "batch_size": 16},
     "generator": {
         "model": "out/toy/generator", "data": "out/toy/images.jsonl", "out": "out/generator-sft",
         "eval_data": "out/toy/prompts_test.txt", "lr": 4e-3, "max_steps": 750, "batch_size": 128}}
 FIRST_VERDICT = 150                     # the step after which a verdict is printed
 
 def parse_args(argv=None):
-    parser = stage_parser(__doc__)          # what all stages share
+    parser = stage_parser(__doc__, add_help=False)      # what all stages share
     add = parser.add_argument
     add("--task", choices=["judge", "generator"], default="judge", help="what is trained")
     add("--sigma-mean", type=float, default=1.5, help="noise levels are sigmoid(N(this, 1))")
     add("--optim", choices=["adamw", "muon"], default="muon")
     add("--accumulation", type=int, default=1, help="micro-steps per optimizer step")
     parser.set_defaults(**DEFAULTS[parser.parse_known_args(argv)[0].task])
+    add("-h", "--help", action="help")  # now, as it prints the defaults
     return parser.parse_args(argv)
 
 # ---------- The judge: cross-entropy on the response
@@ -73,8 +75,8 @@ def main(argv=None):
     optimizers = make_optimizers(model, args.optim)
     start = load_checkpoint(args, model, optimizers)
 
-    # data: the order is a function of (seed, step) alone, so that resuming needs no loader state
     records = read_records(args.data, "trace")
+    pairs = read_records(args.eval_data, "pair")
     per_step = args.batch_size * args.accumulation * get_world_size()
     own = sum("instruction" in record for record in records)
     start_log(args, model, f"{len(records)} traces, {own} in words of their own, {per_step} a step")
@@ -99,7 +101,7 @@ def main(argv=None):
         save_checkpoint(args, step, model, optimizers)
         if step + 1 == FIRST_VERDICT and get_rank() == 0 and not args.fsdp:
             print(f"\nafter {step + 1} steps the judge says of a held-out pair:")
-            print_verdict(judge, read_records(args.eval_data, "pair")[0])
+            print_verdict(judge, pairs[0])
             model.train()
 
     save_judge(args, judge)
@@ -136,10 +138,13 @@ def train_generator(args, device):
     optimizers = make_optimizers(policy, args.optim)
     start = load_checkpoint(args, policy, optimizers)
 
-    # data: latents (N, ...) are encoded once, before training
+    # data: N latents (...) are encoded once; what ranks gather goes by way of the GPU
     records = read_records(args.data, "image")
     dry_run(pipe, records, args, call)
-    latents = torch.stack(split_over_ranks(lambda part: encode_records(pipe, part, call), records))
+    evaluate_samples(pipe, args, call, num=1)        # so that what is wrong is seen now
+    latents = []
+    for chunk in split(records, 1024):
+        latents += split_over_ranks(lambda part: encode_records(pipe, part, call), chunk)
     per_step = args.batch_size * args.accumulation * get_world_size()
     start_log(args, policy, f"{len(records)} images, {per_step} a step")
 
@@ -148,7 +153,7 @@ def train_generator(args, device):
         loss_sum = 0.0
         for part in micro_batches(indices, args.batch_size):
             prompts = [records[i]["prompt"] for i in part]
-            x0 = latents[part].to(device)                                       # (B, ...)
+            x0 = torch.stack([latents[i] for i in part]).to(device)             # (B, ...)
             x, t, target = add_noise(pipe, x0, args, step, part)
             with autocast(args, device):
                 prediction = predict(pipe, x, t, prompt=prompts, **unguided(pipe, call))
@@ -166,9 +171,9 @@ def train_generator(args, device):
     finish_log(args, {"after": after}, f"python grpo.py --model {args.out}/model")
 
 # ========== Toolbox: what every stage needs and nobody tweaks per stage
-def stage_parser(description):
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def stage_parser(description, add_help=True):
+    parser = argparse.ArgumentParser(description=description, add_help=add_help,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", help="folder or hub id to start from  [%(default)s]")
     add_judge_options(parser)
@@ -198,23 +203,23 @@ def get_rank():
 def get_world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
-LOCKS = {}                                           # {run folder: its open lock}
 def lock_folder(out):
-    """Keep a second run out of the folder while this process lives. SystemExit: one is there."""
+    """Keep a second run out of the folder while this one lives. SystemExit: one is there."""
     Path(out).mkdir(parents=True, exist_ok=True)
-    LOCKS.pop(out, None)
-    LOCKS[out] = open(Path(out, "lock"), "w")
+    lock_folder.file = open(Path(out, "lock"), "w")             # closed when the process ends
     try:
-        fcntl.flock(LOCKS[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock_folder.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"--out {out} is in use by another run: pass another") from None
 
 def setup_distributed(args):
-    """This rank's device. SystemExit: inputs are missing, or another run has this --out."""
+    """This rank's device. SystemExit: inputs are missing or in the way, or --out is in use."""
     for path in (args.model, args.data, args.eval_data):
         if path.startswith("out/") and not Path(path).exists():
             raise SystemExit(f"{path} is not there yet. Run in this order: tests/toy.py, sft.py, "
                              "dpo.py, sft.py --task generator, grpo.py")
+    if Path(args.model).resolve() == Path(args.out, "model").resolve():
+        raise SystemExit(f"--out {args.out} would overwrite --model: pass another")
     if int(os.environ.get("RANK", 0)) == 0:
         lock_folder(args.out)
     for library in (transformers, diffusers):
@@ -227,7 +232,7 @@ def setup_distributed(args):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.set_float32_matmul_precision("high")   # TF32
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=4))
@@ -286,8 +291,8 @@ def shard_model(model, args, device):
     # inputs are not cast: in bfloat16 a timestep of 999 would be 1000
     dtype = torch.bfloat16 if args.bf16 else None
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for module in [*repeated_blocks(model).values(), model]:
-        fully_shard(module, mp_policy=precision)
+    for module in [*repeated_blocks(model).values(), model]:       # all anew: pipelines ask a dtype
+        fully_shard(module, mp_policy=precision, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)       # sums, as the loss is divided already
         module.set_force_sum_reduction_for_comms(True)
     model.call = lambda function, *inputs: function(model, *inputs)
@@ -298,19 +303,13 @@ def call_sharded(model, function, *inputs):
     """function(model, *inputs) as one forward pass: FSDP gathers embeddings and head for it."""
     return model.call(function, *inputs) if hasattr(model, "call") else function(model, *inputs)
 
-def trainable(policy):
-    return [p for p in policy.parameters() if p.requires_grad]
-
 def prepare_training(policy, args, device):
     """Add adapters, set up activation checkpointing, shard: a model or a dict of denoisers."""
     if args.lora_rank:
         add_lora(policy, args.lora_rank, args.targets)
     elif args.targets:
         raise ValueError("--targets chooses the layers with adapters: pass --lora-rank")
-    models = policy.values() if isinstance(policy, nn.ModuleDict) else [policy]
-    if args.fsdp and len(models) > 1 and "sigma_mean" in args:      # grpo.py's ranks go in step
-        raise ValueError("--fsdp: ranks at other noise levels would gather other experts' shards")
-    for model in models:
+    for model in policy.values() if isinstance(policy, nn.ModuleDict) else [policy]:
         if args.grad_ckpt and hasattr(model, "gradient_checkpointing_enable"):  # transformers
             model.gradient_checkpointing_enable({"use_reentrant": False})
         elif args.grad_ckpt:                                                    # diffusers
@@ -354,12 +353,12 @@ def prefetch(encode_batch, records, per_step, start, args):
     def encode_step(step):
         batch = [records[i] for i in batch_indices(len(records), per_step, step, args.seed)]
         return [encode_batch(part) for part in micro_batches(batch, args.batch_size)]
-    steps = range(start, args.max_steps)
-    futures = (run_in_threads(encode_step, [(step,)], 1)[0] for step in steps)
-    coming = next(futures, None)
-    while coming:
+    def begin(step):
+        return run_in_threads(encode_step, [(step,)], 1)[0] if step < args.max_steps else None
+    coming = begin(start)
+    for step in range(start, args.max_steps):
         batches = coming.result()
-        coming = next(futures, None)
+        coming = begin(step + 1)
         yield batches
 
 def response_states(model, batch):
@@ -451,6 +450,8 @@ def dry_run(pipe, records, args, call):
     """Predict for two prompts at two noise levels, and one by one if that is something else.
     ValueError: a flow's denoiser is told other times than 1000 sigma."""
     report_long_prompts(pipe, records, call)
+    if args.fsdp and len(denoisers(pipe)) > 1:       # the ranks of grpo.py go in step
+        raise ValueError("--fsdp: ranks at other noise levels would gather other experts' shards")
     if "source" in records[0]:
         raise ValueError("with a source image generators are trained by grpo.py alone")
     lengths = sorted([record["prompt"] for record in records], key=len)
@@ -471,10 +472,10 @@ def dry_run(pipe, records, args, call):
         with torch.no_grad():
             again = predict(pipe, x[:1], t[0], prompt=prompts[:1], **call)
             try:
-                error = predict(pipe, x, t, prompt=prompts, **call) - torch.cat(one)
-                pipe.one_by_one |= not error.norm() <= tolerance
+                error = (predict(pipe, x, t, prompt=prompts, **call) - torch.cat(one)).norm()
             except (TypeError, ValueError, RuntimeError):
-                pipe.one_by_one = True
+                error = math.inf
+    pipe.one_by_one = pipe.one_by_one or not error <= tolerance
     if not (again - one[0]).norm() <= tolerance:
         raise ValueError("the denoiser predicts something else with gradients: omit --grad-ckpt")
     if pipe.one_by_one and get_rank() == 0:
@@ -497,24 +498,24 @@ def evaluate_samples(pipe, args, call, before=None, num=None):
         seeds = [("held out", i) for i in indices]
         with autocast(args, pipe.device):
             samples = sample_media(pipe, share, seeds, args.batch_size, call)
+        media.update(zip(indices, samples))
         columns = {}
         for reward in rewards:
             columns |= reward_values(reward, samples, [record["prompt"] for record in share])
         rows = []
         for k, i in enumerate(indices):
-            media[i] = samples[k]
-            numbers = {name: values[k] for name, values in columns.items()}
-            rows.append((numbers, samples[k] if i < num_shared else None))
+            numbers = {name: values[k].item() for name, values in columns.items()}
+            rows.append((numbers, load_media(samples[k]) if i < num_shared else None))
         return rows
     numbers, shared = zip(*split_over_ranks(sample, range(len(records))))
     media |= dict(enumerate(shared[:num_shared]))
-    figures = [(record["prompt"], (before[i] if before else []) + media[i], False)
+    figures = [(record["prompt"], (load_media(before[i]) if before else []) + media[i], False)
                for i, record in enumerate(records[:32])]
     if get_rank() == 0:
         name, title = ("before_after", "before and after") if before else ("samples", "held out")
         Path(args.out, f"{name}.html").write_text(report_html(title, figures), errors="replace")
     names = dict.fromkeys(name for row in numbers for name in row)
-    columns = {name: torch.stack([row[name] for row in numbers if name in row]) for name in names}
+    columns = {name: torch.tensor([row[name] for row in numbers if name in row]) for name in names}
     return media, {name: values.nanmean().item() for name, values in columns.items()}
 
 def save_generator(args, pipe, call):
@@ -567,8 +568,7 @@ def add_lora(model, rank, targets=None):
     if targets:
         names = [name for name in linear if re.search(targets, name)]
     total = sum(p.numel() for block in repeated_blocks(model).values() for p in block.parameters())
-    reached = sum(model.get_submodule(name).weight.numel() for name in names)
-    share = reached / max(total, 1)
+    share = sum(model.get_submodule(name).weight.numel() for name in names) / max(total, 1)
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank))
     reach = f"LoRA on {len(names)} of {len(linear)} linear layers, {share:.0%} of block weights"
@@ -609,10 +609,16 @@ def save_merged(model, folder):
     """model.save_pretrained(folder), adapters merged and shards gathered. All ranks call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)        # {} but on rank 0
+    kept = []
     for name in lora_layers(model) if state else []:
         update = state.pop(f"{name}.lora_B") @ state.pop(f"{name}.lora_A")
         weight = state[f"{name}.base.weight"]
-        state[f"{name}.base.weight"] = (weight.float() + update).to(weight.dtype)
+        merged = (weight.float() + update).to(weight.dtype)
+        kept.append(((merged.float() - weight.float()) * update).sum() / update.pow(2).sum())
+        state[f"{name}.base.weight"] = merged
+    share = torch.stack(kept).nanmean() if kept else 1.0
+    if share < 0.99:
+        print(f"{folder}: rounding to {merged.dtype} keeps {share:.0%} of the update, adapter/ all")
     state = {re.sub(r"\.base\.(weight|bias)$", r".\1", name): x for name, x in state.items()}
     if get_rank() == 0:
         model.state_dict = lambda *args, **kwargs: state        # what save_pretrained writes
@@ -651,10 +657,10 @@ def make_optimizers(policy, kind="adamw"):
     params = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if kind == "muon" and any(isinstance(p, DTensor) for p in params.values()):
         raise ValueError("Muon needs whole matrices and --fsdp shards them: pass --optim adamw")
-    matrices = [p for name, p in params.items()
-                if kind == "muon" and p.ndim == 2 and re.search(r"\.\d+\.", name)]
-    rest = [p for p in params.values() if all(p is not matrix for matrix in matrices)]
-    optimizers = [Muon(matrices, weight_decay=0.01)] if matrices else []
+    matrices = {name: p for name, p in params.items()
+                if kind == "muon" and p.ndim == 2 and re.search(r"\.\d+\.", name)}
+    rest = [p for name, p in params.items() if name not in matrices]
+    optimizers = [Muon(matrices.values(), weight_decay=0.01)] if matrices else []
     if rest:
         adamw = torch.optim.AdamW(rest, 0.0, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.01)
         optimizers.append(adamw)
@@ -669,15 +675,15 @@ def learning_rate(step, args):
 def optimizer_step(policy, optimizers, step, args):
     """The log's row. Sums gradients over ranks (FSDP has), clips their norm to 1, steps, zeroes."""
     lr = learning_rate(step, args)
-    params = trainable(policy)
+    params = [p for p in policy.parameters() if p.requires_grad]
     reached = sum(p.numel() for p in params if p.grad is not None) / sum(p.numel() for p in params)
     if reached < 0.5:                                # of two experts one may be reached
         raise RuntimeError(f"only {reached:.0%} of the weights that train get a gradient")
-    for p in params if dist.is_initialized() else []:
-        if not isinstance(p, DTensor):
-            if p.grad is None:                       # unused on this rank; the others wait for it
-                p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad)
+    whole = [p for p in params if not isinstance(p, DTensor)]
+    for p in whole if dist.is_initialized() else []:
+        if p.grad is None:                           # unused on this rank; the others wait for it
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad)
     norm = nn.utils.clip_grad_norm_(params, 1.0)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):
@@ -713,7 +719,7 @@ def save_checkpoint(args, step, policy, optimizers):
             shutil.rmtree(old)
     gather_list([])
 
-MAY_DIFFER = ("resume", "out", "save_every", "judge_batch")
+MAY_DIFFER = ("resume", "out", "save_every", "judge_batch", "judge", "sampler")     # servers move
 def run_options(args):
     """What a resumed run has to share with the first: options, ranks and the records themselves."""
     digest = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
@@ -752,9 +758,9 @@ def start_log(args, policy, description):
     for old in [*out.glob("log.jsonl"), *out.glob("step_*")] if not args.resume else []:
         print(f"{old} of an earlier run is removed", flush=True)
         shutil.rmtree(old) if old.is_dir() else old.unlink()
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    git = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True)
     append_log(args, {"args": vars(args), "torch": torch.__version__, "commit": git.stdout.strip()})
-    num = sum(p.numel() for p in trainable(policy)) / 1e6
+    num = sum(p.numel() for p in policy.parameters() if p.requires_grad) / 1e6
     print(f"{num:.2f}M trained parameters, {description}, {get_world_size()} ranks", flush=True)
 
 def append_log(args, row):
@@ -771,7 +777,8 @@ def progress(start, args):
 
 def log_row(args, step, numbers):
     """Append a row to the log. peak_gib: the most memory of this process, or of its GPU."""
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    unit = 2 ** (30 if sys.platform == "darwin" else 20)        # bytes or KiB
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     if torch.cuda.is_available():
         peak_gib = torch.cuda.max_memory_allocated() / 2 ** 30
     if get_rank() == 0:

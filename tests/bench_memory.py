@@ -109,7 +109,7 @@ def count(make_run, args):
         model, frozen, [adamw], micro_step = make_run(args)
         micro_step().backward()
         weights = num_bytes([*model.parameters(), *frozen.parameters()])
-        gradients = num_bytes([p.grad for p in sft.trainable(model)])
+        gradients = num_bytes([p.grad for p in model.parameters() if p.requires_grad])
         counter.flop = 0
         loss = micro_step()
         forward = counter.live - weights - gradients

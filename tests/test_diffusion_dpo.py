@@ -14,7 +14,7 @@ import data
 import dpo
 from data import denoisers, drive, load_pipeline, predict, run_pipeline, sample_media, seeded_generator, seeded_noise, unguided
 from reward import Candidate, Failure
-from sft import add_noise, disable_lora, prepare_training, trainable
+from sft import add_noise, disable_lora, prepare_training
 from test_ranks import COMMON, SIX, launch
 from test_sft import rows, small, weights
 from tiny_pipelines import BETAS, DIFFUSION, make
@@ -112,7 +112,7 @@ def test_loss_is_that_of_direct_calls_and_ln2_at_first(family, tmp_path):
 
     torch.testing.assert_close(losses_and_errors(args.beta)[0], torch.full((2,), math.log(2)).double(), atol=3e-4, rtol=0)
     torch.manual_seed(0)
-    for p in trainable(policy):
+    for p in [p for p in policy.parameters() if p.requires_grad]:
         p.data += .3 * torch.randn_like(p)
     beta = 5
     losses, stats = losses_and_errors(beta)
@@ -143,7 +143,7 @@ def test_loss_is_that_of_direct_calls_and_ln2_at_first(family, tmp_path):
         torch.testing.assert_close(losses[b], -F.logsigmoid(-beta / 2 * ((w - w_ref) - (l - l_ref))).double(), atol=1e-5, rtol=1e-4)
         assert (w - w_ref).abs() > 1e-4 < (l - l_ref).abs()                     # there is something to compare
     losses.sum().backward()
-    assert sum(p.grad.abs().sum() for p in trainable(policy) if p.grad is not None) > 0
+    assert sum(p.grad.abs().sum() for p in policy.parameters() if p.grad is not None) > 0
 
 
 @pytest.mark.parametrize("family", ["SD1.5", "text-to-video", "FLUX.1", "SD3.5", "Qwen-Image", "Z-Image", "Sana", "Wan 2.1", "HunyuanVideo"])
@@ -294,7 +294,8 @@ def test_from_prompts_the_best_and_the_worst_candidates_become_pairs(generator_f
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     shutil.rmtree(out / "step_000002")
     (tmp_path / "judge.py").write_text(JUDGE.replace(">", "<"))
-    dpo.main([*args, "--resume"])
+    (tmp_path / "moved.py").write_text(JUDGE)
+    dpo.main([*args, "--judge", f"{tmp_path}/moved.py:bright", "--resume"])
     assert data.read_records(out / "pairs.jsonl", "pair") == pairs and [r["loss"] for r in rows(out)] == [r["loss"] for r in log]
     dpo.main([*args, "--max-steps", "1"])                                       # a new run, by another judge
     for old, new in zip(pairs, data.read_records(out / "pairs.jsonl", "pair"), strict=True):

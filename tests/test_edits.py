@@ -115,7 +115,7 @@ def test_scores_of_edits_are_refused(folder):
     options = ["--reward", "flex:.5,score:.5", "--num-prompts", "2", "--group-size", "2"]
     with pytest.raises(ValueError, match="a score is asked without the source of an edit"):
         grpo.check_run(grpo.parse_args(options), data.drive(pipe, torch.device("cpu")),
-                       data.read_records(prompts, "prompt"), args)
+                       data.read_records(prompts, "prompt"), args, {"flex", "score"})
 
 
 def test_generators_with_sources_are_trained_by_grpo_alone(folder):

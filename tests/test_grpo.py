@@ -370,7 +370,7 @@ def test_a_policy_that_is_not_the_one_that_sampled_stops_the_run(generator_folde
         return pipe, policy, call
     monkeypatch.setattr(grpo, "load_generator", keep_pipe)
     monkeypatch.setattr(grpo, "judge_rollouts", disturb)
-    with pytest.raises(RuntimeError, match=r"max \|ratio - 1\| is .* before the first update, more than 1e-05: .*dropout"):
+    with pytest.raises(RuntimeError, match=r"max \|ratio - 1\| is .* before the first update, above 1e-05. .*dropout"):
         grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:bright"))
 
 

@@ -307,6 +307,39 @@ time.sleep(600)
 """
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_would_overwrite_its_own_model_is_refused(stage, run, tmp_path, at_once):
+    model = tmp_path / "run/model"
+    model.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="run would overwrite --model: pass another"):
+        run(stage, *driven("FLUX.1"), "--model", str(model))
+    assert model.is_dir()
+
+
+def test_what_is_measured_after_training_is_tried_before_it(run, tmp_path, monkeypatch):
+    """A typo in --eval-data, and the toy's oracle asked about prompts that it cannot read."""
+    replace(monkeypatch, "log_row", lambda *args: pytest.fail("a step was trained"))
+    for words in (["--eval-data", "typo.txt"], ["--watch", "tests/toy_oracle.py:true"]):
+        with pytest.raises(ValueError, match="typo.txt does not exist|no prompt of the toy world"):
+            run("sft", *driven("FLUX.1"), *words)
+
+
+def test_latents_that_go_to_other_ranks_carry_only_themselves(tmp_path):
+    """A row of a batch is a view, and pickle writes the whole storage of each view."""
+    pipe, call = driven("FLUX.1")
+    write_files(tmp_path, 1)
+    records = data.read_records(tmp_path / "images.jsonl", "image")
+    latents = data.encode_records(pipe, records, call)
+    assert len(latents) == len(records) > 1
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in latents)
+
+
+def test_a_machine_without_git(run, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    _, row = run("grpo", *driven("FLUX.1"))
+    assert row["step"] == 1
+
+
 def test_a_second_run_with_one_out_is_refused_until_the_first_is_gone(run, tmp_path):
     held = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT,
                             stdout=subprocess.PIPE, text=True)

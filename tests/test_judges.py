@@ -295,8 +295,8 @@ def test_advantages_of_several_prompts_against_brute_force(alpha):
 
 def test_items_with_one_side_only():
     nan = math.nan
-    advantages = group_advantages(rates_of([1., 0., nan], [1., .5, 0.]), .7)    # the third has no overall rate
-    assert advantages.tolist() == pytest.approx([.7 + .3 * .5 ** .5, -.3 * .5 ** .5, -1])
+    advantages = group_advantages(rates_of([1., .5, 0.], [1., 0., nan]), .7)    # the third has no category rate
+    assert advantages.tolist() == pytest.approx([.7 * .5 ** .5 + .3, -.7 * .5 ** .5, -1])
     assert normalize(torch.tensor([.3, .1])).tolist() == pytest.approx([.5 ** .5, -.5 ** .5])
     assert normalize(torch.tensor([.25, .25])).tolist() == [0, 0]
     assert normalize(torch.tensor([.3, nan, .1]), std_floor=1.).tolist() == pytest.approx([.1, 0, -.1])

@@ -243,7 +243,7 @@ def test_several_sources_in_a_call_are_refused_with_what_to_do(tmp_path):
     settings = options("--group-size", "4", "--batch-size", "8", "--num-prompts", "2")
     message = "--batch-size 8: .*--group-size 4, a divisor where prompts have sources"
     with pytest.raises(ValueError, match=message):
-        grpo.check_run(settings, pipe, edits(tmp_path), args)
+        grpo.check_run(settings, pipe, edits(tmp_path), args, {"flex"})
 
 
 def run_wan(pipe, args, folder, prompts, *extra):
@@ -328,4 +328,4 @@ def test_what_the_driver_cannot_carry_is_refused_with_the_reason():
 def test_an_epsilon_model_is_refused():
     pipe, args = make("SD1.5")
     with pytest.raises(ValueError, match="predicts epsilon: it is no flow"):
-        grpo.check_run(options(), data.drive(pipe, CPU), [{"prompt": "a cat"}], args)
+        grpo.check_run(options(), data.drive(pipe, CPU), [{"prompt": "a cat"}], args, {"flex"})

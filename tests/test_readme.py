@@ -122,7 +122,7 @@ def test_every_command_parses(page):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_of_every_script(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "usage" in done.stdout
+    assert done.returncode == 0 and "usage" in done.stdout and "[None]" not in done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import symtable
+import types
 from pathlib import Path
 
 import pytest
@@ -304,7 +305,7 @@ def test_generators_that_predict_noise_or_v_are_trained(family, tmp_path, toy_fo
     sft.main(args)
     records, ddpm, errors = data.read_records(f"{toy_folder}/images.jsonl", "image"), sft.diffusers.DDPMScheduler(**BETAS), []
     for i in data.batch_indices(len(records), 4, 0, 0):
-        x0 = data.encode_records(pipe, [records[i]], call)
+        x0 = torch.stack(data.encode_records(pipe, [records[i]], call))
         noise, t = seeded_noise(x0.shape[1:], 0, 0, i)[None], torch.randint(1000, (1,), generator=seeded_generator(0, 0, i, "t"))
         embeds, _ = pipe.encode_prompt(records[i]["prompt"], "cpu", 1, False)
         with torch.no_grad():
@@ -404,6 +405,32 @@ def test_half_a_character_in_a_verdict_does_not_stop_the_stage(tmp_path, monkeyp
     assert sft.evaluate_folder("judge", args, torch.device("cpu"))["failures"] == 0
     assert "overall: 1 wins. ?\n" in capsys.readouterr().out
     assert options == {"device": torch.device("cpu"), "batch_size": 3, "max_new_tokens": 9, "template": "Compare: {prompt}"}
+
+
+def test_pages_show_8_frames_of_a_long_clip(tmp_path, monkeypatch):
+    frames = [Image.new("RGB", (4, 4), (k, 0, 0)) for k in range(20)]
+    monkeypatch.setattr(sft, "sample_media", lambda *args: [frames])
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    args = sft.parse_args(["--task", "generator", "--eval-data", f"{tmp_path}/prompts.txt", "--watch", "none", "--out", str(tmp_path)])
+    pipe = types.SimpleNamespace(device=torch.device("cpu"))
+    media, _ = sft.evaluate_samples(pipe, args, {})
+    sft.evaluate_samples(pipe, args, {}, media)
+    assert [(tmp_path / name).read_text().count("<img") for name in ("samples.html", "before_after.html")] == [8, 16]
+
+
+def test_what_rounding_takes_from_merged_adapters_is_printed(judge_folder, tmp_path, capsys):
+    """An update below half a step of bfloat16 is lost in a merged model; in float32 nothing is."""
+    for dtype, size, printed in ((torch.float32, 1e-5, ""), (torch.bfloat16, 1e-1, ""), (torch.bfloat16, 1e-5, "keeps 0%")):
+        model = sft.LocalJudge(judge_folder, device="cpu", dtype=dtype).model
+        sft.add_lora(model, 2)
+        for layer in sft.lora_layers(model).values():
+            layer.base.weight.data.fill_(1.0)
+            layer.lora_A.data.fill_(1.0)
+            layer.lora_B.data.fill_(size)
+        capsys.readouterr()
+        sft.save_merged(model, tmp_path / "model")
+        said = capsys.readouterr().out
+        assert printed in said and (not printed) == ("rounding" not in said)
 
 
 def test_a_verdict_is_printed_while_the_judge_learns_and_changes_nothing(toy_folder, judge_folder, tmp_path, monkeypatch, capsys):

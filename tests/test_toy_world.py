@@ -312,6 +312,19 @@ def test_the_judges_folder_is_complete(toy_folder):
     assert judge.processor.tokenizer.eos_token_id == judge.model.generation_config.eos_token_id
 
 
+def test_a_verdict_is_few_tokens_and_any_text_comes_back():
+    import toy_models
+    tokenizer = toy_models.make_judge_tokenizer(num_texts=500)
+    lengths = []
+    for trace in W.Records("train", "trace", 20, seed=3):
+        ids = tokenizer(trace["response"])["input_ids"]
+        assert tokenizer.decode(ids) == trace["response"]
+        lengths.append(len(ids))
+    assert max(lengths) < 100
+    for text in ('{"score_1":10,"score_2":0}', "naïve 図\n\t <b>", " a  red star, correct "):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
 def test_the_toy_teacher_sees_what_it_is_shown(toy_folder):
     """In either order it writes what is in each image and, dazzled or not, the same winner."""
     from reward import Comparison, load_judge

@@ -10,7 +10,7 @@ and an untrained generator. The defaults of the stages name these files.
     images.jsonl       captioned images: {"prompt", "type", "images"}
     prompts.txt        one a line, and prompts_test.txt, held-out ones
     images/            their PNGs; of clips "videos", folders of frames
-    judge/             Qwen3-VL of 1.6M parameters, for from_pretrained
+    judge/             Qwen3-VL of 1.5M parameters, for from_pretrained
     generator/         FLUX of 1.8M parameters (of clips: Wan), for DiffusionPipeline
     toy.json           the options that the folder was made with
 
@@ -43,7 +43,7 @@ def parse_args(argv=None):
     add("--world", choices=list(WORLDS), default="image", help="still images or clips")
     add("--seed", type=int, default=0, help="of all but the held-out records")
     add("--out", help="folder that is written  [out/toy, out/toy-video]")
-    add("--num-traces", type=int, default=19200)
+    add("--num-traces", type=int, default=25600)
     add("--num-pairs", type=int, default=800)
     add("--num-images", type=int, default=16000, help="captioned images or clips")
     add("--num-prompts", type=int, default=4000)

@@ -1,6 +1,7 @@
 """Makers of the toy worlds' tiny models: a Qwen3-VL judge, a FLUX and a Wan generator, real classes
 built from configs, with random weights, and their folders."""
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import (FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel,
                        WanPipeline, WanTransformer3DModel)
-from tokenizers import (Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers)
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
                           Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration,
@@ -25,12 +26,22 @@ PATCH, MERGE = 8, 2                                  # a visual token covers a 1
 INSTRUCTION = "Compare the images for: {prompt}"     # a tiny judge reads a short one
 SPECIAL = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
            "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
-PIECES = (                                           # a rubric's line begins with one token
-    r"""[\]},{\["]*"(?:categories":\[\{"name":"[^"]*","dims":\[\{"|"""
-    r"""name":"[A-D]\.[^"]*","dims":\[\{")?name":"(?:the\b|[^".]*","reason_1":")|"""
-    r"""[\]},{\["]*"[a-z_0-9]+":"?|, (?:correct|partial|wrong)|: (?:looks|content) decides?|"""
-    r"""(?:Image|Video) \d| leads on (?:the\b|[A-Z][a-z]+(?: [a-z]+)?)|"""
-    r""" ?[A-Za-z]+| ?\d|[^\sA-Za-z\d]+|\s+""")
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL.values()]
+PIECES = "|".join([                                  # of a text, each of them one token
+    # a rubric's line up to its first reason, or to the name of an object
+    r'''[\]},{\["]*"(?:categories":\[\{"name":"[^"]*","dims":\[\{"|'''
+    r'''name":"[A-D]\.[^"]*","dims":\[\{")?name":"(?:the\b|[^".]*","reason_1":")''',
+    # its reasons and scores
+    r''', (?:correct|partial|wrong)(?:","reason_2":")?''',
+    r'''[a-z]+(?: [a-z]+)?(?:","reason_2":"|(?=","score_1"))''',
+    r'''","score_1":\d,"score_2":\d''',
+    # winners, and why
+    r'''","cat_winner":"(?:Tie|(?:Image|Video) \d)''',
+    r'''(?:Image|Video) \d| leads on (?:the\b|[A-Za-z ]+)|Both are even''',
+    r'''(?:, )?[A-D] (?:\d|even)|: (?:looks|content) decides?''',
+    # other keys, words, numbers
+    r'''[\]},{\["]*"[a-z_0-9]+":"?|(?:Compare|Rate) the \w+ for: ''',
+    r''' ?[A-Za-z]+\n?| ?\d|[^\sA-Za-z\d]+|\s+'''])
 CHAT = (
     "{%- set n = namespace(images=0) -%}{%- for m in messages -%}"
     "<|im_start|>{{ m['role'] + '\\n' }}{%- if m['content'] is string -%}\n"
@@ -46,25 +57,27 @@ CHAT = (
 # ------------------------------------------------------------------------------------------------
 # the judge
 
-def make_judge_tokenizer(vocab_size=768, num_texts=2000, world=W):
-    """A byte-level BPE trained on the teacher's traces; pieces such as `","score_1":` become single
-    tokens."""
-    corpus = []
-    records = world.Records("train", "trace", num_texts)
-    for i in range(num_texts):
-        prompt, _, verdict, _ = records.scenes(i)
-        corpus += [W.verdict_text(verdict), prompt["text"]]
-    words = [instruction(world), "user\n", "assistant"]  # of every question: become single tokens
-    corpus += words * num_texts
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+def make_judge_tokenizer(num_texts=2000, world=W):
+    """Tokens are bytes and the pieces of what the teacher writes and a judge is asked."""
+    pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PIECES), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    records = world.Records("train", "trace", num_texts)
+    texts = [instruction(world), "user\n", "assistant\n"]
+    for i in range(num_texts):
+        prompt, scenes, verdict, _ = records.scenes(i)
+        texts += [W.verdict_text(verdict), prompt["text"]]
+        if world is W:
+            question = W.ask_about(scenes[0], random.Random(i))
+            texts += [W.SCORE_INSTRUCTION, W.score_image(prompt, scenes[0]), *question]
+    pieces = set(pre_tokenizers.ByteLevel.alphabet())
+    for text in texts:
+        pieces.update(piece for piece, _ in pre_tokenizer.pre_tokenize_str(text))
+    vocab = {piece: i for i, piece in enumerate([*SPECIALS, *sorted(pieces)])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], ignore_merges=True))
+    tokenizer.add_special_tokens(SPECIALS)
+    tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL.values()]))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         padding_side="left", extra_special_tokens=SPECIAL)
@@ -79,7 +92,7 @@ def instruction(world=W):
 
 
 def make_judge(seed=0, width=128, layers=4, vision_width=96, vision_layers=2, world=W):
-    """(model, processor): a Qwen3-VL of 1.6M parameters with random weights, for a world's images
+    """(model, processor): a Qwen3-VL of 1.5M parameters with random weights, for a world's images
     or clips.
 
     Larger initial weights (std .06, position embeddings x 8), DeepStack and an input scaling that
