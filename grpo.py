@@ -87,6 +87,7 @@ def sample(pipe, records, seeds, args, call):
     batch = [records[index] for _, _, index, _ in seeds]
     call = {**call, "prompt": [record["prompt"] for record in batch], **source_images(batch)}
     rollout = Rollout(call, seeds, batch)
+    generators = [seeded_generator(*seed[:-1]) for seed in seeds]
 
     def step_fn(i, x, v):
         sigmas = pipe.scheduler.sigmas
@@ -101,7 +102,7 @@ def sample(pipe, records, seeds, args, call):
         rollout.means.append(mean)
         return (mean + std * noise).to(x.dtype)
     with autocast(args, pipe.device):
-        output = run_pipeline(pipe, step_fn, generator=group_generators(seeds), **call)
+        output = run_pipeline(pipe, step_fn, generator=generators, **call)
     rollout.media = frames_of(output)
     rollout.sigmas = pipe.scheduler.sigmas.to(pipe.device)
     rollout.timesteps = pipe.scheduler.timesteps
@@ -115,15 +116,12 @@ def sample_seeds(num_records, step, args):
     parts = split(seeds, max(args.batch_size, args.group_size))
     return [split(part, args.batch_size) for part in parts]
 
-def group_generators(seeds):
-    return [seeded_generator(*seed[:-1]) for seed in seeds]
-
 def mean_at(pipe, rollout, i, args):
     """(mean, std) of the policy's sde_step at step i of a rollout, by a call that ends there. Of a
     deterministic step std is the length, so that its KL is half the squared error of v."""
+    generators = [seeded_generator(*seed[:-1]) for seed in rollout.seeds]
     with autocast(args, pipe.device):
-        v = predict(pipe, rollout.x[i], rollout.timesteps[i], **rollout.call,
-                    generator=group_generators(rollout.seeds))
+        v = predict(pipe, rollout.x[i], rollout.timesteps[i], **rollout.call, generator=generators)
     eta = args.eta if i < args.sde_steps else 0.0
     mean, std = sde_step(rollout.sigmas, i, rollout.x[i], v, eta)
     return mean, std if eta else rollout.sigmas[i] - rollout.sigmas[i + 1]

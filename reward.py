@@ -411,8 +411,7 @@ def win_rates(pairs, verdicts, num_items):
     shares = {1: (1.0, 0.0), 2: (0.0, 1.0), 0: (0.5, 0.5)}
 
     def rate(winners):
-        wins = torch.zeros(num_items, dtype=torch.float64)
-        counts = torch.zeros(num_items, dtype=torch.float64)
+        wins, counts = torch.zeros(2, num_items, dtype=torch.float64)
         for pair, verdict, winner in zip(pairs, verdicts, winners):
             if verdict.winner is not None and winner is not None:
                 wins[list(pair)] += torch.tensor(shares[winner], dtype=torch.float64)

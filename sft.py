@@ -127,8 +127,7 @@ def add_noise(pipe, x0, args, step, indices):
         alpha = signal.sqrt()
         sigma = (1 - signal).sqrt()
     noise, t, alpha, sigma = [tensor.to(x0.device) for tensor in (noise, t, alpha, sigma)]
-    alpha = alpha.view(-1, *[1] * (x0.ndim - 1))
-    sigma = sigma.view(-1, *[1] * (x0.ndim - 1))
+    alpha, sigma = [level.view(-1, *[1] * (x0.ndim - 1)) for level in (alpha, sigma)]
     targets = {"flow": noise - x0, "epsilon": noise, "v_prediction": alpha * noise - sigma * x0}
     return alpha * x0 + sigma * noise, t, targets[kind]
 
@@ -204,7 +203,7 @@ def get_world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 def lock_folder(out):
-    """Keep a second run out of the folder while this one lives. SystemExit: one is there."""
+    """Keep other processes out of the folder, until this one ends or locks another. SystemExit."""
     Path(out).mkdir(parents=True, exist_ok=True)
     lock_folder.file = open(Path(out, "lock"), "w")             # closed when the process ends
     try:
@@ -719,7 +718,7 @@ def save_checkpoint(args, step, policy, optimizers):
             shutil.rmtree(old)
     gather_list([])
 
-MAY_DIFFER = ("resume", "out", "save_every", "judge_batch", "judge", "sampler")     # servers move
+MAY_DIFFER = ("resume", "out", "save_every", "judge_batch")
 def run_options(args):
     """What a resumed run has to share with the first: options, ranks and the records themselves."""
     digest = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
@@ -735,9 +734,12 @@ def load_checkpoint(args, policy, optimizers):
         print(f"--resume: no checkpoint in {args.out}, starting from the first step", flush=True)
         return 0
     saved = json.loads((newest / "args.json").read_text())
+
+    def without_host(value):                                    # servers move
+        return re.sub("^https?://[^#]*", "server", value) if isinstance(value, str) else value
     changed = [f"{name} {saved.get(name)!r} -> {value!r}"
                for name, value in run_options(args).items()
-               if saved.get(name) != value and name not in MAY_DIFFER]
+               if without_host(saved.get(name)) != without_host(value) and name not in MAY_DIFFER]
     if changed:
         raise ValueError(f"--resume: {newest} was made with other options: {', '.join(changed)}")
     state = training_state(policy, optimizers)

@@ -294,8 +294,7 @@ def test_from_prompts_the_best_and_the_worst_candidates_become_pairs(generator_f
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     shutil.rmtree(out / "step_000002")
     (tmp_path / "judge.py").write_text(JUDGE.replace(">", "<"))
-    (tmp_path / "moved.py").write_text(JUDGE)
-    dpo.main([*args, "--judge", f"{tmp_path}/moved.py:bright", "--resume"])
+    dpo.main([*args, "--resume"])
     assert data.read_records(out / "pairs.jsonl", "pair") == pairs and [r["loss"] for r in rows(out)] == [r["loss"] for r in log]
     dpo.main([*args, "--max-steps", "1"])                                       # a new run, by another judge
     for old, new in zip(pairs, data.read_records(out / "pairs.jsonl", "pair"), strict=True):

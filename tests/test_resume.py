@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import data
+import dpo
 import sft
 from conftest import ROOT
 from test_sft import preferences, rows, small, state
@@ -90,6 +91,14 @@ def test_broken_and_foreign_checkpoints_are_refused(judge_folder, toy_folder, tm
     (out / "step_000002" / ".metadata").unlink()
     with pytest.raises(ValueError, match="step_000002 is damaged: remove it, the one before is taken"):
         sft.main([*args, "--resume"])
+
+
+def test_a_server_may_move_before_a_run_goes_on(judge_folder, toy_folder, tmp_path):
+    args = [*small(toy_folder), "--model", judge_folder, "--data", preferences(tmp_path), "--lora-rank", "4", "--max-steps", "1", "--out", str(tmp_path / "run")]
+    dpo.main([*args, "--sampler", "http://one:8000#teacher"])
+    dpo.main([*args, "--sampler", "http://two:8000#teacher", "--resume"])
+    with pytest.raises(ValueError, match="other options: sampler 'http://one:8000#teacher' -> 'http://two:8000#another'"):
+        dpo.main([*args, "--sampler", "http://two:8000#another", "--resume"])
 
 
 def test_other_records_under_the_same_name_are_refused(judge_folder, toy_folder, tmp_path):
