@@ -26,6 +26,7 @@ import torch.distributed as dist
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from einops import rearrange
 from PIL import Image, ImageOps
+from safetensors import safe_open
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -38,6 +39,8 @@ KINDS = {  # the fields of a kind beside prompt and media; a record is of the fi
     "preference": ["chosen", "rejected"], "trace": ["response"], "pair": ["winner"],
     "image": [], "prompt": []}
 WINNERS = {"Image 1": 1, "Image 2": 2, "Video 1": 1, "Video 2": 2, "Tie": 0}
+UNREADABLE = {UnicodeDecodeError: "not UTF-8 text. Convert or unpack it: ",
+              json.JSONDecodeError: "not JSON. A line holds one object: "}
 PLACE = re.compile("<image>|<video>")   # of a medium in an instruction of another project
 CHUNK = 128                             # records that are judged at a time, their media in memory
 
@@ -121,12 +124,9 @@ def read_records(path, kind=None):
                 continue
             record = {"prompt": line.strip()} if path.suffix == ".txt" else json.loads(line)
             records.append({**check_record(record, kind, path.parent.absolute()), "where": where})
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 text ({error}). Convert or unpack it.") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error}). A line holds one object.") from None
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: {error}") from None
+            reason = UNREADABLE.get(type(error), "")
+            raise ValueError(f"{where}: {reason}{error}") from None
         if ("source" in records[-1]) != ("source" in records[0]):
             raise ValueError(f"{where}: some records have a 'source', some none. Split the file.")
     if not records:
@@ -281,14 +281,13 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
                              f"tokens, the model takes {max_tokens}. Nothing is truncated.")
         input_ids.append(torch.cat([prompt, torch.tensor(target)]))
         labels.append(torch.cat([torch.full_like(prompt, -100), torch.tensor(target)]))
-    mask = [torch.ones_like(row) for row in input_ids]
     batch["input_ids"] = pad_sequence(input_ids, True, tokenizer.pad_token_id)
-    batch["attention_mask"] = pad_sequence(mask, True, 0)
+    batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in input_ids], True)
     batch["labels"] = pad_sequence(labels, True, -100)
-    if "mm_token_type_ids" in batch:                        # 1 at image tokens; responses have none
-        types = torch.zeros_like(batch["labels"])
-        types[:, :batch["mm_token_type_ids"].shape[1]] = batch["mm_token_type_ids"]
-        batch["mm_token_type_ids"] = types
+    types = batch.get("mm_token_type_ids")                  # 1 at image tokens; responses have none
+    if types is not None:
+        missing = batch["labels"].shape[1] - types.shape[1]
+        batch["mm_token_type_ids"] = nn.functional.pad(types, (0, missing))
     return batch
 
 # ---------- media of a generator: pipe is a diffusers pipeline, call the arguments of its call
@@ -428,14 +427,23 @@ def denoisers(pipe):
     parts = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet")}
     return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
-def load_pipeline(path, device, dtype=torch.float32, fsdp=False):
-    """The pipeline in a folder or hub repository, driven; its pipe.call_args: pipe_args.json."""
+def stored_dtype(folder):
+    """bfloat16 if all of a model's weights in a folder are, else float32."""
+    files = [safe_open(path, "pt") for path in folder.glob("*.safetensors")]
+    kinds = {file.get_slice(name).get_dtype() for file in files for name in file.keys()}
+    return torch.bfloat16 if kinds == {"BF16"} else torch.float32
+
+def load_pipeline(path, device, dtype=torch.float32, frozen=torch.float32, fsdp=False):
+    """The pipeline in a folder or hub repository, driven; its pipe.call_args: pipe_args.json. Its
+    denoisers are of `dtype`, "auto" is the stored one, all else is of the type `frozen`."""
     local = Path(path).is_dir()                      # whose own code (*.py) is trusted
     folder = path if local else diffusers.DiffusionPipeline.download(path)
     if dist.is_initialized() and dist.get_rank():    # rank 0 first, as code goes to one cache
         dist.barrier()
+    dtypes = {name: stored_dtype(Path(folder, name)) if dtype == "auto" else dtype
+              for name in ("transformer", "transformer_2", "unet")}
     pipe = diffusers.DiffusionPipeline.from_pretrained(
-        folder, torch_dtype=dtype, trust_remote_code=local)
+        folder, torch_dtype={"default": frozen, **dtypes}, trust_remote_code=local)
     if dist.is_initialized() and not dist.get_rank():
         dist.barrier()
     pipe.folder = folder
@@ -668,8 +676,7 @@ def distill_pairs(teacher, pairs, args, seed):
             teacher.body["seed"] = rng.getrandbits(30)
         temperature = args.temperature if attempt > 0 else 0.0
         asked = [questions[i] for i in left]
-        is_first = attempt == 0 and len(asked) > 1
-        answer = functools.partial(ask, teacher) if is_first else teacher
+        answer = functools.partial(ask, teacher) if attempt == 0 and asked[1:] else teacher
         for i, text in zip(left, answer(asked, temperature=temperature)):
             case, trace = read_trace(text, WINNERS[records[i]["winner"]])
             results[i] = (case, {**records[i], "response": trace} if trace else None)

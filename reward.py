@@ -190,8 +190,7 @@ class Verdict:
     text: str = ""
 
     def winner_on(self, anchor):        # of the first category with it
-        winners = [category.winner for category in self.categories if category.anchor == anchor]
-        return winners[0] if winners else None
+        return next((c.winner for c in self.categories if c.anchor == anchor), None)
 
 NOUN = "(?:image|video|candidate|option|answer|response)"
 FIRST = rf"(?:the )?(?:{NOUN}[ _#:-]*(?:1|a|one)|1|a|first(?: {NOUN}| one)?)"
@@ -335,7 +334,7 @@ THEREFORE = re.compile(
     r"(?:(?:so|thus|therefore|hence|overall|in conclusion|conclusion|final answer|final verdict"
     r"|verdict)[ ,:]+){1,3}")
 NUMBER = r"(-?\d{1,4}(?:\.\d{1,6})?)(?: ?/ ?([1-9]\d{0,2}))?"            # 4 or 8/10
-SCALE = r"(?: \(\d{1,3} ?- ?(\d{1,3})\))?"              # " (1-5)"
+SCALE = r"(?: \(\d{1,3} ?- ?([1-9]\d{0,2})\))?"         # " (1-5)"
 FINAL_SCORE = re.compile(
     rf"final score{SCALE}[ *:=]{{1,8}}{NUMBER}"
     r"(?![\d.,]*\d| ?[-/–~] ?\d| ?%| (?:to|or|through|out|of)\b)", re.I)
@@ -365,8 +364,7 @@ def parse_score(text):
     never raises on a str, linear time. "Final Score: 4" decides, else the mean of lines such as
     "Alignment Score (1-5): 3.5"; final scores that differ and unreadable lines give None."""
     def value(scale, number, maximum):
-        maximum = maximum or scale
-        return float(number) * (5 / float(maximum) if maximum else 1)
+        return float(number) * (5 / float(maximum or scale or 5))
     if isinstance(text, Failure):
         return None
     if "final score" in text.lower():
@@ -390,9 +388,8 @@ def sample_pairs(num_items, pairs="all", rng=random):
                          f"or 'ring:K' with K from 1 to {num_items // 2}")
     ring = rng.sample(range(num_items), num_items)
     chosen = set()
-    for i in range(num_items):
-        for k in range(1, num_next + 1):
-            chosen.add(tuple(sorted((ring[i - k], ring[i]))))
+    for k in range(1, num_next + 1):
+        chosen |= {tuple(sorted(pair)) for pair in zip(ring, ring[k:] + ring[:k])}
     return [pair if rng.random() < 0.5 else pair[::-1] for pair in sorted(chosen)]
 
 @dataclass
@@ -476,6 +473,7 @@ class LocalJudge:
         if temperature > 0:
             options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         tokenizer = self.processor.tokenizer
+        stops = torch.tensor(self.model.generation_config.eos_token_id or []).view(-1).tolist()
         texts = []
         for start in range(0, len(questions), self.batch_size):
             batch = questions[start:start + self.batch_size]
@@ -486,8 +484,8 @@ class LocalJudge:
                 padding=True, padding_side="left", return_tensors="pt").to(self.model.device)
             tokens = self.model.generate(
                 **inputs, **options, max_new_tokens=self.max_new_tokens, repetition_penalty=1.0,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)   # (B, T)
-            answers = tokens[:, inputs["input_ids"].shape[1]:]
+                eos_token_id=[tokenizer.eos_token_id, *stops], pad_token_id=tokenizer.pad_token_id)
+            answers = tokens[:, inputs["input_ids"].shape[1]:]                  # (B, T)
             texts += tokenizer.batch_decode(answers, skip_special_tokens=True)
         return texts
 

@@ -39,7 +39,7 @@ from reward import (Candidate, Comparison, LocalJudge, add_judge_options, format
 DEFAULTS = {
     "judge": {
         "model": "out/toy/judge", "data": "out/toy/traces.jsonl", "out": "out/judge-sft",
-        "eval_data": "out/toy/pairs_test.jsonl", "lr": 2e-3, "max_steps": 1600, "batch_size": 16},
+        "eval_data": "out/toy/pairs_test.jsonl", "lr": 2e-3, "max_steps": 1400, "batch_size": 16},
     "generator": {
         "model": "out/toy/generator", "data": "out/toy/images.jsonl", "out": "out/generator-sft",
         "eval_data": "out/toy/prompts_test.txt", "lr": 4e-3, "max_steps": 750, "batch_size": 128}}
@@ -322,10 +322,12 @@ def has_bf16():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
 
-def weights_dtype(args, device):
-    """float32 for what trains, bfloat16 for what LoRA freezes on a GPU."""
-    frozen = device.type == "cuda" and args.bf16 and args.lora_rank
-    return torch.bfloat16 if frozen else torch.float32
+def weights_dtypes(args, device):
+    """(of the model that trains, of what is frozen), when loaded: float32 for weights that train,
+    or with --fsdp, until they are shards, as they are stored; bfloat16 for the rest on a GPU."""
+    frozen = torch.bfloat16 if device.type == "cuda" and args.bf16 else torch.float32
+    whole = "auto" if args.fsdp else torch.float32
+    return frozen if args.lora_rank else whole, frozen
 
 def autocast(args, device):
     """bfloat16 with --bf16; without autocast's cache, under which FSDP2 loses gradients."""
@@ -335,7 +337,7 @@ def autocast(args, device):
 def load_trained_judge(args, device):
     """The LocalJudge that is trained; with --fsdp it is on the CPU, all of it as it is stored."""
     place = "cpu" if args.fsdp else device
-    dtype = "auto" if args.fsdp and not args.lora_rank else weights_dtype(args, device)
+    dtype, _ = weights_dtypes(args, device)
     judge = LocalJudge(args.model, device=place, dtype=dtype, **judge_options(args))
     judge.model.set_attn_implementation("sdpa" if device.type == "cuda" else "eager")
     judge.encoder = load_processor(args.model)       # for a thread: no two may use one tokenizer
@@ -442,7 +444,7 @@ def save_judge(args, judge):
 # ---------- the generator
 def load_generator(args, device):
     """(the pipeline, a dict of its denoisers, the arguments of its call)"""
-    pipe = load_pipeline(args.model, device, weights_dtype(args, device), fsdp=args.fsdp)
+    pipe = load_pipeline(args.model, device, *weights_dtypes(args, device), args.fsdp)
     return pipe, denoisers(pipe), {**pipe.call_args, **args.pipe_args}
 
 def dry_run(pipe, records, args, call):
@@ -628,19 +630,16 @@ def save_merged(model, folder):
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made nearly orthogonal by Newton-Schulz, at the RMS of AdamW's updates
     (arXiv 2502.16982). torch.optim.Muon takes bfloat16 also on CPUs that lack it."""
-    def __init__(self, params, weight_decay):
-        super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay})
-        self.dtype = torch.bfloat16 if has_bf16() else torch.float32
-
     @torch.no_grad()
     def step(self, closure=None):
+        dtype = torch.bfloat16 if has_bf16() else torch.float32
         group = self.param_groups[0]
         for p in group["params"]:
             if p.grad is None:
                 continue
             momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
             momentum.lerp_(p.grad, 0.05)
-            x = p.grad.lerp(momentum, 0.95).to(self.dtype)
+            x = p.grad.lerp(momentum, 0.95).to(dtype)
             x = x.T if len(x) > len(x.T) else x
             x = x / x.norm().clamp(min=1e-7)
             for _ in range(5):                       # singular values go to about 1
@@ -659,10 +658,9 @@ def make_optimizers(policy, kind="adamw"):
     matrices = {name: p for name, p in params.items()
                 if kind == "muon" and p.ndim == 2 and re.search(r"\.\d+\.", name)}
     rest = [p for name, p in params.items() if name not in matrices]
-    optimizers = [Muon(matrices.values(), weight_decay=0.01)] if matrices else []
+    optimizers = [Muon(matrices.values(), {"lr": 0.0, "weight_decay": 0.01})] if matrices else []
     if rest:
-        adamw = torch.optim.AdamW(rest, 0.0, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.01)
-        optimizers.append(adamw)
+        optimizers.append(torch.optim.AdamW(rest, 0.0, (0.9, 0.98), 1e-10, weight_decay=0.01))
     return optimizers
 
 def learning_rate(step, args):
@@ -722,7 +720,9 @@ MAY_DIFFER = ("resume", "out", "save_every", "judge_batch")
 def run_options(args):
     """What a resumed run has to share with the first: options, ranks and the records themselves."""
     digest = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
-    return {**vars(args), "ranks": get_world_size(), "digest of --data": digest}
+    options = {**vars(args), "ranks": get_world_size(), "digest of --data": digest}
+    return {name: re.sub("^https?://[^#]*", "server", value) if isinstance(value, str) else value
+            for name, value in options.items()}                 # servers move
 
 def load_checkpoint(args, policy, optimizers):
     """With --resume restore the newest checkpoint in args.out and return its step, 0 where there is
@@ -734,12 +734,9 @@ def load_checkpoint(args, policy, optimizers):
         print(f"--resume: no checkpoint in {args.out}, starting from the first step", flush=True)
         return 0
     saved = json.loads((newest / "args.json").read_text())
-
-    def without_host(value):                                    # servers move
-        return re.sub("^https?://[^#]*", "server", value) if isinstance(value, str) else value
     changed = [f"{name} {saved.get(name)!r} -> {value!r}"
                for name, value in run_options(args).items()
-               if without_host(saved.get(name)) != without_host(value) and name not in MAY_DIFFER]
+               if saved.get(name) != value and name not in MAY_DIFFER]
     if changed:
         raise ValueError(f"--resume: {newest} was made with other options: {', '.join(changed)}")
     state = training_state(policy, optimizers)

@@ -127,8 +127,11 @@ def count(make_run, args):
 def prepare(model, frozen, loss, args):
     """A run: model and frozen models, after prepare_training, optimizers and micro-step."""
     frozen = nn.ModuleList(frozen).requires_grad_(False)
-    for p in [*model.parameters(), *frozen.parameters()]:
-        p.data = p.data.to(sft.weights_dtype(args, torch.device("cuda")))
+    dtype, frozen_dtype = sft.weights_dtypes(args, torch.device("cuda"))
+    for p in frozen.parameters():
+        p.data = p.data.to(frozen_dtype)
+    for p in model.parameters():                    # "auto" until sharded, then float32
+        p.data = p.data.to(torch.float32 if dtype == "auto" else dtype)
     for module in model.modules():
         module.to = lambda device: None             # it is there, and fake weights cannot move
         module.float = lambda: None

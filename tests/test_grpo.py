@@ -283,7 +283,7 @@ def test_run_resumes_exactly_and_starts_at_ratio_1(lora, generator_folder, judge
     log, whole = rows(out), weights(out, 4)
     assert all(row["ratio_error"] == 0 for row in log)
     said = capsys.readouterr().out
-    assert "max |ratio - 1| of a trial rollout: 0\n" in said
+    assert "max |ratio - 1| of a trial rollout: 0. It" in said
     moved = float(re.search(r"first optimizer step moved means by at most (\S+) std", said)[1])
     assert 0 < moved < 1
     assert any(row["grad_norm"] > 0 for row in log)

@@ -96,7 +96,7 @@ def test_what_grpo_drives_starts_at_ratio_1_and_moves(family, run):
     """Latents written in place, times that are no 1000 sigma, conditioning that is drawn."""
     said, row = run("grpo", *driven(family))
     assert "max |ratio - 1| of a trial rollout: 0" in said and row["ratio_error"] == 0
-    assert "Euler steps" not in said
+    assert "It takes Euler steps, held-out samples those of FlowMatchEuler" in said
     moved = re.search(r"the first optimizer step moved means by at most (\S+) std", said)
     assert float(moved[1]) > 0
 
@@ -278,7 +278,7 @@ def test_a_multistep_sampler_is_named_as_rollouts_take_euler_steps(run):
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=7.0)
     said, row = run("grpo", data.drive(pipe, CPU), call)
-    assert "rollouts take Euler steps, held-out samples those of DPMSolverMultistep" in said
+    assert "It takes Euler steps, held-out samples those of DPMSolverMultistep" in said
     assert row["ratio_error"] == 0
 
 

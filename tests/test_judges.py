@@ -234,6 +234,18 @@ def test_grpo_counts_a_flaky_judge_and_stops_at_a_dead_one(generator_folder, tmp
         run(url, "dead")
 
 
+def test_a_judge_stops_at_the_ends_of_its_generation_config_too(judge_folder):
+    """Gemma ends a turn by another token than its tokenizer's eos."""
+    judge = LocalJudge(judge_folder, max_new_tokens=12)
+    asked = [Comparison("a red circle", [picture()], [picture("blue")])]
+    tokenizer = judge.processor.tokenizer
+    whole = tokenizer(judge(asked)[0])["input_ids"]
+    assert len(whole) > 1
+    for stops in (whole[0], [tokenizer.eos_token_id, whole[0]]):
+        judge.model.generation_config.eos_token_id = stops
+        assert tokenizer(judge(asked)[0])["input_ids"] == whole[:1]
+
+
 def test_transformers_serve_answers_like_the_local_judge(judge_folder, tmp_path):
     """The toy judge behind the server that comes with transformers; hub access is switched off, as on cluster nodes."""
     port, log = free_port(), open(tmp_path / "log", "w")

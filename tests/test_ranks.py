@@ -7,10 +7,14 @@ import sys
 import time
 
 import pytest
+import torch
+from diffusers import FluxTransformer2DModel
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
 from conftest import ROOT
+from data import load_pipeline
+from sft import parse_args, weights_dtypes
 from test_sft import preferences, rows, small, weights
 from tiny_pipelines import make
 
@@ -36,12 +40,14 @@ def runs(judge_folder, generator_folder, toy_folder, tmp_path_factory):
     judge, generator = small(toy_folder), small(toy_folder, "generator")
     prompts = ["--data", f"{toy_folder}/prompts.txt", "--eval-data", f"{toy_folder}/prompts_test.txt"]
     grpo = ["grpo", "--reward", f"{path}/bright.py:bright", "--eval-every", "0"]        # an untrained judge would reward nothing
-    stored = path / "stored in bfloat16"               # as released judges are
+    stored, stored_pipe = path / "judge in bfloat16", path / "pipe in bfloat16"         # as released models are
     shutil.copytree(judge_folder, stored)
     AutoModelForImageTextToText.from_pretrained(judge_folder).bfloat16().save_pretrained(stored)
+    shutil.copytree(generator_folder, stored_pipe)
+    FluxTransformer2DModel.from_pretrained(generator_folder, subfolder="transformer").bfloat16().save_pretrained(stored_pipe / "transformer")
     stages = {"sft": ["sft", *judge, "--model", str(stored), "--optim", "adamw"],
               "sftlora": ["sft", *judge, "--model", judge_folder, "--lora-rank", "4", "--optim", "adamw"],
-              "generator": ["sft", *generator, "--model", generator_folder, "--optim", "adamw"],
+              "generator": ["sft", *generator, "--model", str(stored_pipe), "--optim", "adamw"],
               "dpolora": ["dpo", *judge, "--model", judge_folder, "--data", preferences(path), "--lora-rank", "4"],
               "grpo": [*grpo, *prompts, "--model", generator_folder, "--lora-rank", "4", "--group-size", "3", "--kl", "10", "--num-prompts", "4",
                        "--watch", f"{path}/bright.py:bright"]}
@@ -80,12 +86,27 @@ def test_ranks_equal_one_process(run, runs):
     apart = max((a[k] - b[k]).abs().max().item() for k in a)
     assert apart < 1.5e-4, apart                     # of 2 steps of 1e-4: Adam's sign may flip where a gradient is nearly 0
     assert (runs / run / "model").exists()
-    if "sft" in run:
-        with safe_open(runs / run / "model/model.safetensors", "pt") as file:
+    if "sft" in run or "generator" in run:
+        name = "model.safetensors" if "sft" in run else "transformer/diffusion_pytorch_model.safetensors"
+        with safe_open(runs / run / "model" / name, "pt") as file:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}
     ends = [json.loads((runs / name / "log.jsonl").read_text().splitlines()[-1]) for name in (single, run)]
     for column, numbers in ends[0].items():          # of held-out samples, each rank its share
         assert ends[1][column] == pytest.approx(numbers, rel=1e-3, abs=1e-3, nan_ok=True)
+
+
+def test_what_is_loaded_is_no_larger_than_it_has_to_be(runs, generator_folder):
+    """What trains is in float32, with --fsdp as it is stored, as only shards are float32 then; what is frozen in bfloat16 on a GPU."""
+    def loaded(folder, device, *options):
+        dtypes = weights_dtypes(parse_args(["--task", "generator", "--bf16", *options]), torch.device(device))
+        pipe = load_pipeline(folder, torch.device("cpu"), *dtypes)
+        return [str(part.dtype).removeprefix("torch.") for part in (pipe.transformer, pipe.text_encoder, pipe.vae)]
+
+    pipe = runs / "pipe in bfloat16"
+    assert loaded(pipe, "cuda") == ["float32", "bfloat16", "bfloat16"] and loaded(pipe, "cpu") == ["float32"] * 3
+    assert loaded(pipe, "cuda", "--fsdp") == ["bfloat16"] * 3 and loaded(generator_folder, "cuda", "--fsdp") == ["float32", "bfloat16", "bfloat16"]
+    assert loaded(pipe, "cuda", "--lora-rank", "2") == ["bfloat16"] * 3 and loaded(pipe, "cpu", "--lora-rank", "2") == ["float32"] * 3
+    assert loaded(pipe, "cuda", "--no-bf16") == ["float32"] * 3
 
 
 def test_shards_in_bfloat16_replay_what_they_sampled(runs):

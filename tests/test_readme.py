@@ -78,7 +78,7 @@ def test_the_toy_commands_run_in_order(newcomer, monkeypatch, capsys):
     assert len(pages) == 2
     assert all("data:image/png" in (newcomer / page).read_text() for page in pages)
     printed = capsys.readouterr().out
-    assert printed.count("max |ratio - 1| of a trial rollout: 0\n") == 2
+    assert printed.count("max |ratio - 1| of a trial rollout: 0. It") == 2
     assert printed.count("overall: ") == 3           # verdicts after sft.py, before and after dpo.py
     assert printed.count("\n  winner_accuracy   ") == 2 and printed.count("\nwinner_accuracy   ") == 1 and printed.count("\n  true   ") == 2 and printed.count("\n  win_rate   ") == 2
     plot, = re.findall(r"`(python tests/plots.py [^`]*)`", (ROOT / "README.md").read_text())

@@ -472,6 +472,7 @@ def test_verdict(text, winner, winners):
     ("Style Score: 3/5\nAlignment Score: 8/10", 3.5), ("Final Score: 8 out of 10", None),
     ("Style Score (1-5): 4\nAlignment Score: 8/10", 4), ("Final Score: 80%", None),
     ("Style Score (1-5): 4\nAlignment Score (1-10): 4", 3), ("Final Score (1-10): 8", 4),
+    ("Final Score (1-0): 4", None), ("Style Score (0-00): 4", None),
     ("Style Score: 4\nAlignment Score: 8 out of 10", None)])
 def test_score(text, value):
     assert reward.parse_score(text) == value

@@ -43,7 +43,7 @@ def parse_args(argv=None):
     add("--world", choices=list(WORLDS), default="image", help="still images or clips")
     add("--seed", type=int, default=0, help="of all but the held-out records")
     add("--out", help="folder that is written  [out/toy, out/toy-video]")
-    add("--num-traces", type=int, default=25600)
+    add("--num-traces", type=int, default=22400)
     add("--num-pairs", type=int, default=800)
     add("--num-images", type=int, default=16000, help="captioned images or clips")
     add("--num-prompts", type=int, default=4000)

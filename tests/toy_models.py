@@ -28,17 +28,19 @@ SPECIAL = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
            "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL.values()]
 PIECES = "|".join([                                  # of a text, each of them one token
-    # a rubric's line up to its first reason, or to the name of an object
-    r'''[\]},{\["]*"(?:categories":\[\{"name":"[^"]*","dims":\[\{"|'''
-    r'''name":"[A-D]\.[^"]*","dims":\[\{")?name":"(?:the\b|[^".]*","reason_1":")''',
+    # a rubric's line up to its first reason, or to the name of an object; before it a winner
+    r'''(?:","cat_winner":"(?:Tie|(?:Image|Video) \d))?[\]},{\["]*"'''
+    r'''(?:(?:categories":\[\{")?name":"[A-D]\.[^"]*","dims":\[\{")?'''
+    r'''name":"(?:the\b|[^".]*","reason_1":")''',
     # its reasons and scores
+    r''' ?[a-z]+(?: [a-z]+)?(?:","reason_2":"|(?=","score_1"))| [a-z]+","reason_1":"''',
     r''', (?:correct|partial|wrong)(?:","reason_2":")?''',
-    r'''[a-z]+(?: [a-z]+)?(?:","reason_2":"|(?=","score_1"))''',
     r'''","score_1":\d,"score_2":\d''',
     # winners, and why
-    r'''","cat_winner":"(?:Tie|(?:Image|Video) \d)''',
-    r'''(?:Image|Video) \d| leads on (?:the\b|[A-Za-z ]+)|Both are even''',
-    r'''(?:, )?[A-D] (?:\d|even)|: (?:looks|content) decides?''',
+    r'''\}\],"cat_reason":"(?:Both are even|(?:Image|Video) \d)''',
+    r'''","cat_winner":"(?:Tie|(?:Image|Video) \d)(?:"\}\],"reason":")?''',
+    r''' leads on (?:the\b|[A-Za-z ]+)|(?:, )?[A-D] (?:\d|even)''',
+    r'''(?:: (?:looks|content) decides?)?","winner":"|(?:Image|Video) \d(?:"\})?''',
     # other keys, words, numbers
     r'''[\]},{\["]*"[a-z_0-9]+":"?|(?:Compare|Rate) the \w+ for: ''',
     r''' ?[A-Za-z]+\n?| ?\d|[^\sA-Za-z\d]+|\s+'''])
