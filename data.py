@@ -12,8 +12,7 @@ A file holds a JSON object a line, or an array of them. Paths in it are relative
     prompt       {"prompt"}, "source": an image to edit or animate; or a .txt file of prompts
 Videos: "videos" for "images" and "Video 1" for "Image 1"; an mp4, a GIF or a folder of frames. With
 "instruction" in place of "prompt" a trace or preference is of any other task. ShareGPT's, Alpaca's
-and TRL's records are read as they are. Shapes: B records, T tokens, S steps.
-"""
+and TRL's records are read as they are. Shapes: B records, T tokens, S steps."""
 import argparse, codecs, copy, functools, hashlib, inspect, json, math, os, random, re, shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -111,7 +110,7 @@ def check_media(record, kind, task):
 
 def read_records(path, kind=None):
     """All records of a .jsonl, .json or .txt file, checked; kind None: each as the kind it is.
-    "where" in a record is its file and line. ValueError names the first bad line."""
+    "where" in a record is its file and line, in an array the item. ValueError: the first bad."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; `python tests/toy.py` writes what is in out/toy")
@@ -294,10 +293,10 @@ def encode(processor, records, responses, template=None, max_tokens=8192):
 def num_frames_of(pipe, call):
     """How many frames a call of the pipeline makes."""
     options = inspect.signature(type(pipe).__call__).parameters
-    names = [name for name in ("num_frames", "frames", "video_length") if name in options]
-    if not names:
+    name = "frames" if "frames" in options else "num_frames"
+    if name not in options:
         return 1
-    num_frames = call.get(names[0], options[names[0]].default)
+    num_frames = call.get(name, options[name].default)
     factor = getattr(pipe, "vae_scale_factor_temporal", None)
     return num_frames // factor * factor + 1 if factor else num_frames          # as Wan rounds it
 
@@ -473,7 +472,6 @@ def drive(pipe, device, fsdp=False):
             if device.type == "cpu" and part in policy:
                 module.set_attention_backend("_native_math")    # faster for a few tokens
     vars(pipe)["scheduler"] = PolicyScheduler(pipe.scheduler)   # setattr would register it
-    # Wan 2.2 takes one timestep a call
     pipe.one_by_one = bool(pipe.config.get("boundary_ratio") or pipe.config.get("expand_timesteps"))
     pipe.first_latents = None
     pipe.prepare_latents = functools.partial(prepare_latents, pipe, pipe.prepare_latents)
@@ -512,7 +510,7 @@ def run_pipeline(pipe, step_fn=None, latents=None, timesteps=None, **call):
 def predict(pipe, x, t, **call):
     """What the denoiser predicts (prediction_type) at latents x and timestep t, () or (B,), after
     the pipeline's guidance. For epsilon and v, x is sqrt(acp) x0 + sqrt(1 - acp) noise."""
-    if t.ndim and pipe.one_by_one:
+    if t.ndim and pipe.one_by_one:                   # as Wan 2.2, which takes one timestep a call
         return torch.cat([predict(pipe, x[i:i + 1], t[i], **{**call, "prompt": [prompt]})
                           for i, prompt in enumerate(call["prompt"])])
     predictions = []
@@ -588,14 +586,15 @@ def load_rewards(text, judge=None):
     pointwise scores; FILE.py:function; none. Weights default to 1."""
     def scores(media, prompts):
         questions = [Candidate(p, load_media(frames)) for p, frames in zip(prompts, media)]
-        values = [parse_score(text) for text in judge(questions)]
+        values = [parse_score(text) for text in ask(judge, questions)]
         return [math.nan if value is None else value for value in values]
     rewards = []
     for part in text.split(",") if text != "none" else []:
         name, weight = re.fullmatch(r"(.*?)(?::(-?\d*\.?\d+))?", part.strip()).groups()
-        function = {"flex": None, "score": scores}.get(name) or load_function(name)
-        if function is None and name != "flex":
-            raise ValueError(f"reward '{name}': pass flex, score or FILE.py:function, as flex:0.7")
+        built_in = {"flex": None, "score": scores} if judge else {}
+        function = built_in.get(name) or load_function(name)
+        if function is None and name not in built_in:
+            raise ValueError(f"reward '{name}': pass FILE.py:function, in --reward flex or score")
         rewards.append(Reward(float(weight or 1), name, function))
     return rewards
 

@@ -7,8 +7,7 @@
 
 Given people's choices, the judge writes several verdicts on each pair of images, and a right one is
 chosen over a wrong one. Given prompts, a judge finds the best and the worst of several candidates.
-Shapes: B pairs, T tokens, N response tokens, G candidates of a prompt; (...) latents.
-"""
+Shapes: B pairs, T tokens, N response tokens, G candidates of a prompt; (...) latents."""
 import math, random
 from collections import Counter
 from functools import partial
@@ -26,9 +25,8 @@ from sft import (add_noise, autocast, call_sharded, disable_lora, dry_run, encod
                  evaluate_folder, evaluate_samples, finish_log, gather_list, get_rank,
                  get_world_size, load_checkpoint, load_generator, load_trained_judge, log_row,
                  make_optimizers, micro_batches, optimizer_step, prefetch, prepare_training,
-                 progress, response_states, save_checkpoint, save_generator, save_judge,
-                 setup_distributed, split_over_ranks, stage_parser, start_log, sum_over_ranks,
-                 token_logps)
+                 progress, response_token_logps, save_checkpoint, save_generator, save_judge,
+                 setup_distributed, split_over_ranks, stage_parser, start_log, sum_over_ranks)
 
 DEFAULTS = {
     "judge": {
@@ -75,11 +73,8 @@ def dpo_loss(logps, reference_logps, beta):
 def response_logps(model, batch):
     """(2B,) log-probabilities (nats) of the responses, summed over their tokens; the batch is of
     `encode`, chosen responses first. In float64: small differences of sums of thousands count."""
-    hidden, labels = response_states(model, batch)
-    is_response = labels != -100                                                # (2B, T-1)
-    logps = token_logps(model, hidden[is_response], labels[is_response])        # (N,)
-    rows = is_response.nonzero()[:, 0]
-    sums = torch.zeros(len(labels), dtype=torch.float64, device=logps.device)
+    logps, rows = response_token_logps(model, batch)                            # N tokens
+    sums = torch.zeros(len(batch["labels"]), dtype=torch.float64, device=logps.device)
     return sums.index_add(0, rows, logps.double())
 
 def main(argv=None):
@@ -193,9 +188,8 @@ def load_or_sample(args, kind, sample, *inputs):
     if kind_of(read_records(args.data)[0]) == kind:
         return read_records(args.data, kind)
     path = Path(args.out, f"{kind}s.jsonl")
-    checkpoints = Path(args.out).glob("step_*")                 # they vouch for the options
-    if not (args.resume and path.exists() and any(checkpoints)):
-        cases = sample(args, *inputs)
+    if not (args.resume and path.exists() and any(Path(args.out).glob("step_*"))):
+        cases = sample(args, *inputs)   # anew, as only checkpoints vouch for the options
         counts = dict(Counter(case for case, _ in cases))
         records = [record for _, record in cases if record]
         if not records:
@@ -212,9 +206,10 @@ def sample_preferences(args):
     judge = load_judge(args.sampler or args.model, **judge_options(args))
     sample = partial(judge, temperature=args.temperature)
     rng = random.Random(args.seed)          # in files the winner may always come first
-    pairs = [pair for pair in read_records(args.data, "pair") if pair["winner"] != "Tie"]
-    pairs = [swap_at_random(pair, rng) for pair in pairs][get_rank()::get_world_size()]
-    cases = []
+    records = read_records(args.data, "pair")
+    pairs = [swap_at_random(pair, rng) for pair in records if pair["winner"] != "Tie"]
+    cases = [("dropped: a tie", None)] * (0 if get_rank() else len(records) - len(pairs))
+    pairs = pairs[get_rank()::get_world_size()]
     for start in tqdm(range(0, len(pairs), 128), "verdicts", disable=get_rank() > 0):
         cases += rank_pairs(sample, pairs[start:start + 128], args.num_samples)
     return gather_list(cases)
@@ -313,6 +308,8 @@ def best_of_n(pairs, verdicts, scores, num):
 
 def pair_of(record, candidates, pairs, verdicts, scores, rng):
     """("kept", pair record) of the best and the worst candidate, or ("dropped: ...", None)."""
+    if any(isinstance(verdict.text, Failure) for verdict in verdicts):
+        return "dropped: a comparison failed", None
     order = best_of_n(pairs, verdicts, scores, len(candidates))
     if order is None or candidates[order[0]] == candidates[order[1]]:
         return "dropped: equal or undecided", None

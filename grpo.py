@@ -6,9 +6,8 @@ the sampler's stochastic steps moves with them (Flow-GRPO, arXiv 2505.05470).
     torchrun --nproc_per_node=8 grpo.py --model ...     real models: README.md has the commands
 
 Shapes: G samples of a prompt, on one rank, B samples of a pipeline call and micro-step, S sampling
-steps, the first K of them stochastic, (...) one sample's latents.
-"""
-import itertools, random, time
+steps, the first K of them stochastic, (...) one sample's latents."""
+import itertools, math, random, time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -28,7 +27,7 @@ NUM_COMPARED = 192                      # held-out samples that are compared wit
 DEFAULTS = {
     "model": "out/generator-sft/model", "data": "out/toy/prompts.txt", "out": "out/grpo",
     "eval_data": "out/toy/prompts_test.txt", "lora_rank": 32, "lr": 2e-3, "warmup_steps": 10,
-    "max_steps": 64, "batch_size": 96, "bf16": False}
+    "max_steps": 64, "batch_size": 96}
 
 def parse_args(argv=None):
     parser = stage_parser(__doc__)      # what all stages share
@@ -41,7 +40,7 @@ def parse_args(argv=None):
     add("--eta", type=float, default=1.0, help="noise level of the stochastic sampling steps")
     add("--sde-steps", type=int, default=3, help="so many sampling steps are stochastic")
     add("--reward", default="flex", help="flex, score, FILE.py:function, or flex:.7,FILE.py:f:.3")
-    add("--pairs", default="ring:2", help="all, or ring:K: each sample meets its next K on a ring")
+    add("--pairs", default="ring:1", help="all, or ring:K: each sample meets its next K on a ring")
     add("--alpha", type=float, default=0.7, help="weight of the category against the overall side")
     add("--std-floor", type=float, default=0.2, help="least std that win rates are divided by")
     add("--max-parse-fail", type=float, default=0.5, help="stop above this undecided share")
@@ -127,10 +126,10 @@ def mean_at(pipe, rollout, i, args):
     return mean, std if eta else rollout.sigmas[i] - rollout.sigmas[i + 1]
 
 # ---------- The reward: verdicts -> win rates -> advantages
-def judge_rollouts(rollouts, before, judge, rewards, args):
-    """Find the advantages of whole groups, within +-5, once the rollouts `before` have theirs."""
-    if before:
-        before[-1].judged.result()
+def judge_rollouts(rollouts, last, judge, rewards, args):
+    """Find the advantages of whole groups, within +-5, once the Future `last`, if any, is done."""
+    if last:
+        last.result()
     if torch.cuda.is_available():                   # a thread has its own current device
         torch.cuda.set_device(rollouts[0].sigmas.device)
     started = time.time()
@@ -148,9 +147,9 @@ def judge_rollouts(rollouts, before, judge, rewards, args):
         else:
             [values] = reward_values(reward, media, prompts).values()
             parts = [normalize(part) for part in values.split(args.group_size)]
-            mean = values.nansum().item() / (args.num_prompts * args.group_size)
-            counts.update({"scores": len(values), "missing": values.isnan().sum().item(),
-                           f"reward/{reward.name}": mean})
+            counts.update({f"scores/{reward.name}": len(values),
+                           f"missing/{reward.name}": values.isnan().sum().item(),
+                           f"reward/{reward.name}": values.nansum().item()})      # the sum
         advantages += reward.weight * torch.cat(parts)
     counts["judge_s"] = time.time() - started
     for rollout, part in zip(rollouts, advantages.clamp(-5, 5).split(args.batch_size)):
@@ -176,22 +175,27 @@ def advantages_of(groups, judge, rollout, args):
 
 def reward_numbers(rollouts, args):
     """{name: number} of a step's answers on all ranks. RuntimeError: too many are useless."""
-    names = ["verdicts", "first_wins", "second_wins", "ties", "undecided", "scores", "missing"]
+    names = ["verdicts", "first_wins", "second_wins", "ties", "undecided"]
     counts = Counter(dict.fromkeys(names, 0))
     texts = []
     for rollout in rollouts:
         counts.update(rollout.counts)
         texts += rollout.undecided
-    advantages = torch.cat([rollout.advantages for rollout in rollouts])
-    is_zero = (advantages.view(-1, args.group_size) == 0).all(1)
-    counts["zero_variance_groups"] = is_zero.sum().item() / args.num_prompts
+    groups = torch.cat([rollout.advantages for rollout in rollouts]).view(-1, args.group_size)
+    counts["zero_variance_groups"] = (groups == 0).all(1).sum().item() / args.num_prompts
     counts["judge_failures"] = sum(isinstance(text, Failure) for text in texts)
     counts = sum_over_ranks(counts)
     texts = gather_list(texts[:1]) or ["no text"]
-    for bad, answers in (("undecided", "verdicts"), ("missing", "scores")):
+    rewards = [name.removeprefix("scores/") for name in counts if name.startswith("scores/")]
+    pairs = [("undecided", "verdicts"), *[(f"missing/{r}", f"scores/{r}") for r in rewards]]
+    for bad, answers in pairs:
         if counts[bad] > args.max_parse_fail * counts[answers]:
-            raise RuntimeError(f"{counts[bad]:.0f} of {counts[answers]:.0f} {answers} are {bad}, "
-                               f"more than --max-parse-fail. One of them:\n{texts[0][:2000]}")
+            raise RuntimeError(
+                f"{counts[bad]:.0f} of {counts[answers]:.0f} {answers} are {bad.split('/')[0]}, "
+                f"more than --max-parse-fail. One of them:\n{texts[0][:2000]}")
+    for name in rewards:
+        known = counts[f"scores/{name}"] - counts[f"missing/{name}"]
+        counts[f"reward/{name}"] /= known or math.nan
     for name in ("ties", "undecided", "judge_failures"):
         counts[name] /= max(counts["verdicts"], 1)
     first = counts.pop("first_wins")
@@ -256,7 +260,8 @@ def main(argv=None):
     pipe, policy, call = load_generator(args, device)
     records = read_records(args.data, "prompt")
     names = {part.split(":")[0].strip() for part in args.reward.split(",")}
-    judge = load_judge(args.judge, **judge_options(args)) if names & {"flex", "score"} else None
+    options = judge_options(args, "template" if "flex" in names else "score_template")
+    judge = load_judge(args.judge, **options) if names & {"flex", "score"} else None
     rewards = load_rewards(args.reward, judge)
     prepare_training(policy, args, device)
     optimizers = make_optimizers(policy)
@@ -271,7 +276,7 @@ def main(argv=None):
         rollouts = []
         for part in sample_seeds(len(records), step, args):
             sampled = [sample(pipe, records, seeds, args, call) for seeds in part]
-            job = (sampled, rollouts[-1:], judge, rewards, args)
+            job = (sampled, rollouts[-1].judged if rollouts else None, judge, rewards, args)
             [judged] = run_in_threads(judge_rollouts, [job], 1)
             for rollout in sampled:
                 rollout.judged = judged
@@ -317,7 +322,7 @@ def main(argv=None):
 
     save_generator(args, pipe, call)
     after = evaluate(pipe, judge, base_media, args, call)
-    before["win_rate"] = 0.5
+    before |= {"win_rate": 0.5, "undecided": 0.0}
     finish_log(args, {"before": before, "after": after}, f"look at {args.out}/before_after.html")
 
 def check_run(args, pipe, records, call, rewards):
@@ -365,7 +370,8 @@ def evaluate(pipe, judge, base_media, args, call, num=None):
         return compare_groups(judge, groups, [schedule[i] for i in indices])
     verdicts = split_over_ranks(compare, range(len(records)))
     rates = win_rates(sum(schedule, []), sum(verdicts, []), 2)
-    return {**numbers, "win_rate": rates.overall[0].item()}
+    undecided = rates.counts["undecided"] / len(records)
+    return {**numbers, "win_rate": rates.overall[0].item(), "undecided": undecided}
 
 if __name__ == "__main__":
     main()

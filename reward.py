@@ -5,8 +5,7 @@ verdicts on a group become advantages (arXiv 2602.02380). Imports nothing of our
     python reward.py A.png B.png C.png --prompt "..." --html report.html           a ranked group
     python reward.py A.png B.png --prompt "..." --score                            pointwise scores
 
-Seconds each with the toy judge on a CPU.  Shapes: G items of one prompt, B items, T tokens.
-"""
+Seconds each with the toy judge on a CPU.  Shapes: G items of one prompt, B items, T tokens."""
 import argparse, base64, contextlib, html, io, json, os, random, re, runpy, sys, threading, time
 import urllib.error, urllib.request
 from concurrent.futures import Future
@@ -141,16 +140,11 @@ def read_frames(path, num_frames):
                          f"({error!r})") from error
 
 def to_rgb(image):
-    """The image as it is meant to be seen: upright by its EXIF data, on white, greys of 8 bits."""
+    """The image as it is meant to be seen: upright by its EXIF data, on white."""
     with contextlib.suppress(SyntaxError):              # EXIF data that is none
         image = ImageOps.exif_transpose(image)
-    grey = image.convert("I") if image.mode.startswith("I") else None
-    is_strip = max(image.size) > 200 * min(image.size)
-    if is_strip or image.mode == "F" or grey and grey.getextrema()[1] > 65535:
-        raise ValueError(f"mode {image.mode}, size {image.size}: at most 16 bits, at most 200 : 1")
-    if grey:
-        grey.info.pop("transparency", None)             # a 16-bit value
-        image = grey.point(lambda x: x / 257).convert("L")
+    if image.mode[0] in "IF" or max(image.size) > 200 * min(image.size):
+        raise ValueError(f"mode {image.mode}, size {image.size}: expected 8 bits, at most 200 : 1")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -320,8 +314,6 @@ def read_category(data, issues):
         lead += criterion.score_1 - criterion.score_2
         if criterion.total() != 10:
             issues.append(f"{where}: the scores {' + '.join(written)} are not 10")
-        elif isinstance(row["score_1"], str) or isinstance(row["score_2"], str):
-            issues.append(f"{where}: a score is text")
     winner = read_winner(data.get("cat_winner"))
     if winner is None:
         issues.append(f"{name[:60]}: no readable cat_winner")
@@ -447,9 +439,9 @@ def group_advantages(rates, alpha=0.7, std_floor=0.0):
 
 # ---------- 4. Judges: judge(questions, temperature=0.0) -> [text or Failure, ...]
 class LocalJudge:
-    """A transformers model in a folder or hub repository, asked in the wording of template.txt (for
-    Candidates score_template.txt) beside its weights, unless one is given. By default on the GPU in
-    bfloat16, else on the CPU in float32, with its generation config's max_new_tokens, else 2048."""
+    """A transformers model in a folder or hub repository, asked in the wording that is given, or in
+    a folder's template.txt (for Candidates score_template.txt). By default on the GPU in bfloat16,
+    else on the CPU in float32, with its generation config's max_new_tokens, else 2048."""
     def __init__(self, path, template=None, score_template=None, device=None, dtype=None,
                  batch_size=None, max_new_tokens=None):
         from transformers import AutoModelForImageTextToText
@@ -462,7 +454,7 @@ class LocalJudge:
         self.templates = {Comparison: template or stored.get("template.txt"),
                           Candidate: score_template or stored.get("score_template.txt")}
         if not self.templates[Comparison]:
-            print(f"{path} has no template.txt: asked in reward.TEMPLATE's words", flush=True)
+            print(f"no template.txt in {path}: asked in reward.TEMPLATE's words", flush=True)
         self.max_new_tokens = max_new_tokens or self.model.generation_config.max_new_tokens or 2048
         self.batch_size = batch_size or max(1, 50_000 // self.max_new_tokens)
 
@@ -513,17 +505,17 @@ class ServerJudge:
     def __init__(self, urls, model=None, template=None, score_template=None, batch_size=None,
                  timeout=300.0, retries=4, max_new_tokens=None, seed=0):
         self.urls = [re.sub(r"(/v1)?(/chat/completions)?/*$", "", url) for url in urls]
-        for url in self.urls:
-            if not re.match(r"https?://\w", url):
-                raise ValueError(f"judge {url!r} is no URL; expected http://HOST:PORT")
         self.templates = {Comparison: template, Candidate: score_template}
         self.batch_size = batch_size or 32
         self.timeout = timeout
         self.retries = retries
-        model = model or self.request(0, "/v1/models", ("data", 0, "id"))
-        if isinstance(model, Failure):
-            raise ValueError(f"no judge answers: {model}. Start one: vllm serve MODEL --port 8000")
-        self.body = {"model": model, "max_tokens": max_new_tokens or 2048, "seed": seed}
+        asked = range(0 if model else len(urls))
+        names = [self.request(i, "/v1/models", ("data", 0, "id")) for i in asked] or [model]
+        if isinstance(names[0], Failure):
+            raise ValueError(f"no judge answers: {names[0]}. Start: vllm serve MODEL --port 8000")
+        if len(set(names)) > 1:
+            raise ValueError(f"the servers name their models {names}: append #MODEL to the URLs")
+        self.body = {"model": names[0], "max_tokens": max_new_tokens or 2048, "seed": seed}
 
     def __call__(self, questions, temperature=0.0):
         """Texts or Failures, in order."""
@@ -628,18 +620,22 @@ def add_judge_options(parser):
     add("--max-new-tokens", type=int, help="longest verdict  [what the judge's folder says, 2048]")
     add("--judge-batch", type=int, help="questions at a time  [as many as fit 50,000 tokens, 32]")
 
-def judge_options(args):
-    """What load_judge takes, from the options of a command."""
+def judge_options(args, name="template"):
+    """What load_judge takes, from the options of a command; --template is the option `name`."""
     template = args.template and Path(args.template).read_text(encoding="utf-8")
-    return {"template": template, "max_new_tokens": args.max_new_tokens,
-            "batch_size": args.judge_batch}
+    return {name: template, "max_new_tokens": args.max_new_tokens, "batch_size": args.judge_batch}
 
 def load_judge(name, **options):
     """A judge by name: FILE.py:function (questions -> texts), a folder, a hub id, or URLs joined by
     commas, which may be followed by #MODEL, and by #JSON with more fields of a request."""
     function = load_function(name)
     if function:
-        return lambda questions, **_: function(questions)
+        def judge(questions, **_):
+            texts = list(function(questions))
+            if len(texts) != len(questions):
+                raise ValueError(f"{name} gave {len(texts)} texts for {len(questions)} questions")
+            return texts
+        return judge
     if re.match("https?://", name):
         urls, model, body = (name.split("#", 2) + ["", ""])[:3]
         judge = ServerJudge(urls.split(","), model, **options)
@@ -706,8 +702,8 @@ def main(argv=None):
     try:
         instruction(args.prompt)                        # fails before a judge is loaded
         media = [load_media(item) for item in args.items]
-        options = judge_options(args)
-        judge = load_judge(args.judge, score_template=options["template"], **options)
+        options = judge_options(args, "score_template" if args.score else "template")
+        judge = load_judge(args.judge, **options)
         source = load_media(args.source) if args.source else []
         if args.score:
             questions = [Candidate(args.prompt, frames, source) for frames in media]

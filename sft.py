@@ -6,10 +6,10 @@
     torchrun --nproc_per_node=8 sft.py --model ...      real models: README.md has the commands
 
 After the stage comes the toolbox that all stages share: ranks, LoRA, optimizers, checkpoints, log.
-Shapes: B records, T tokens, N response tokens, V vocabulary, H hidden size; (...) latents.
-"""
+Shapes: B records, T tokens, N response tokens, V vocabulary, H hidden size; (...) latents."""
 import argparse, atexit, contextlib, fcntl, hashlib, json, math, os, re
 import resource, shutil, subprocess, sys, time, warnings
+from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -59,9 +59,8 @@ def parse_args(argv=None):
 # ---------- The judge: cross-entropy on the response
 def response_loss(model, batch):
     """Cross-entropy (nats) summed over the response tokens of a batch of `encode`."""
-    hidden, labels = response_states(model, batch)
-    is_response = labels != -100
-    return -token_logps(model, hidden[is_response], labels[is_response]).sum()
+    logps, _ = response_token_logps(model, batch)
+    return -logps.sum()
 
 def main(argv=None):
     args = parse_args(argv)
@@ -251,8 +250,8 @@ def split_over_ranks(function, items):
     world_size = get_world_size()
     num_rounds = math.ceil(len(items) / world_size)
     mine = [items[(i * world_size + get_rank()) % len(items)] for i in range(num_rounds)]
-    results = gather_list(function(mine))
-    return [results[i % world_size * num_rounds + i // world_size] for i in range(len(items))]
+    results = gather_list([function(mine)])                     # a list a rank
+    return [results[i % world_size][i // world_size] for i in range(len(items))]
 
 def sum_over_ranks(numbers):
     """{name: sum over the ranks}; all ranks give the same names."""
@@ -354,21 +353,20 @@ def prefetch(encode_batch, records, per_step, start, args):
     def encode_step(step):
         batch = [records[i] for i in batch_indices(len(records), per_step, step, args.seed)]
         return [encode_batch(part) for part in micro_batches(batch, args.batch_size)]
-    def begin(step):
-        return run_in_threads(encode_step, [(step,)], 1)[0] if step < args.max_steps else None
-    coming = begin(start)
+    coming = run_in_threads(encode_step, [(start,)], 1)
     for step in range(start, args.max_steps):
-        batches = coming.result()
-        coming = begin(step + 1)
+        batches = coming[0].result()
+        coming = run_in_threads(encode_step, [(step + 1,)], 1)
         yield batches
 
-def response_states(model, batch):
-    """(hidden states (B, T-1, H), the labels (B, T-1) that they predict, -100 for none)."""
+def response_token_logps(model, batch):
+    """(log-probabilities (N,) of a batch's response tokens, the record's number (N,) of each)."""
     inputs = {name: x.to(model.device) for name, x in batch.items()}
-    labels = inputs.pop("labels")
+    labels = inputs.pop("labels")[:, 1:]             # position t predicts token t + 1
     backbone = getattr(model, model.base_model_prefix)
-    hidden = backbone(**inputs, use_cache=False).last_hidden_state
-    return hidden[:, :-1], labels[:, 1:]             # position t predicts token t + 1
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state[:, :-1]      # (B, T-1, H)
+    rows, columns = (labels != -100).nonzero(as_tuple=True)
+    return token_logps(model, hidden[rows, columns], labels[rows, columns]), rows
 
 class TokenLogps(torch.autograd.Function):
     """token_logps for a weight (V, H). Logits are made for `size` tokens at a time, and again in
@@ -623,6 +621,8 @@ def save_merged(model, folder):
     state = {re.sub(r"\.base\.(weight|bias)$", r".\1", name): x for name, x in state.items()}
     if get_rank() == 0:
         model.state_dict = lambda *args, **kwargs: state        # what save_pretrained writes
+        shutil.rmtree(folder, ignore_errors=True)               # a wording beside older weights
+        type(model).__name__ = type(model).__name__.removeprefix("FSDP")        # as configs have it
         model.save_pretrained(folder)
         del model.state_dict
 
@@ -634,21 +634,23 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         dtype = torch.bfloat16 if has_bf16() else torch.float32
         group = self.param_groups[0]
+        stacks = defaultdict(list)                   # matrices of one shape are multiplied at once
         for p in group["params"]:
-            if p.grad is None:
-                continue
-            momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            momentum.lerp_(p.grad, 0.05)
-            x = p.grad.lerp(momentum, 0.95).to(dtype)
-            x = x.T if len(x) > len(x.T) else x
-            x = x / x.norm().clamp(min=1e-7)
+            if p.grad is not None:
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                stacks[p.shape].append((p, p.grad.lerp(momentum, 0.95).to(dtype)))
+        for shape, stack in stacks.items():
+            x = torch.stack([direction for _, direction in stack])              # (number, ...)
+            x = x.mT if shape[0] > shape[1] else x
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
             for _ in range(5):                       # singular values go to about 1
-                gram = x @ x.T
-                poly = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-                x = torch.addmm(x, poly, x, beta=3.4445)
-            update = x if x.shape == p.shape else x.T
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))
+                gram = x @ x.mT
+                poly = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+                x = torch.baddbmm(x, poly, x, beta=3.4445)
+            for (p, _), update in zip(stack, x.mT if shape[0] > shape[1] else x):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(shape)))
 
 def make_optimizers(policy, kind="adamw"):
     """[AdamW]; with "muon" [Muon for the matrices of numbered blocks, AdamW for the rest]."""
@@ -676,11 +678,11 @@ def optimizer_step(policy, optimizers, step, args):
     reached = sum(p.numel() for p in params if p.grad is not None) / sum(p.numel() for p in params)
     if reached < 0.5:                                # of two experts one may be reached
         raise RuntimeError(f"only {reached:.0%} of the weights that train get a gradient")
-    whole = [p for p in params if not isinstance(p, DTensor)]
-    for p in whole if dist.is_initialized() else []:
-        if p.grad is None:                           # unused on this rank; the others wait for it
+    for p in params:
+        if p.grad is None:                           # other ranks and checkpoints wait for it
             p.grad = torch.zeros_like(p)
-        dist.all_reduce(p.grad)
+        if dist.is_initialized() and not isinstance(p, DTensor):
+            dist.all_reduce(p.grad)
     norm = nn.utils.clip_grad_norm_(params, 1.0)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):

@@ -248,7 +248,7 @@ ARMS = {**{f"alpha {a}": ["--alpha", a] for a in (0, .3, .5, .7, 1)}, "all": ["-
 
 
 def train_arms(args, seed):
-    """GRPO with the defaults (alpha .7, ring:2) but for one option."""
+    """GRPO with the defaults (alpha .7, ring:1) but for one option."""
     for arm, options in ARMS.items():
         yield arm, functools.partial(train, args, seed, arm, "--judge", Path(args.models.format(seed=seed), "judge-dpo/model"), "--max-steps", args.short, "--warmup-steps", 4, "--eval-every", 0, *options)
 

@@ -393,7 +393,8 @@ def test_pairs_whose_better_image_always_comes_first_teach_no_position(tmp_path)
 def test_the_three_cases_and_the_heuristic(tmp_path, monkeypatch, capsys):
     use_judges(monkeypatch, policy=policy_of([[trace(2), CLEAN, "?"], [FAULTY, CLEAN, FAULTY], [CLEAN] * 3, [trace(2), "?", Failure("x")], [Failure("x")] * 3, [CLEAN, Failure("x"), FAULTY]]))
     found = sample(tmp_path, write_pairs(tmp_path, *["Image 1"] * 6, "Tie"), "--sampler", "policy", "--num-samples", "3")
-    assert cases(capsys.readouterr().out) == {"mixed": 1, "all right": 2, "dropped: all right": 1, "dropped: all wrong": 1, "dropped: failure": 1}
+    assert cases(capsys.readouterr().out) == {"mixed": 1, "all right": 2, "dropped: all right": 1, "dropped: all wrong": 1, "dropped: failure": 1,
+                                               "dropped: a tie": 1}
     assert [(r["prompt"], r["chosen"], r["rejected"]) for r in found] == [                              # and nothing of the tie
         ("prompt 0", CLEAN, "?"), ("prompt 1", CLEAN, FAULTY), ("prompt 5", CLEAN, FAULTY)]
     assert len(data.read_records(tmp_path / "run/preferences.jsonl", "preference")) == 3

@@ -332,6 +332,8 @@ def test_a_judge_that_scores_ranks_by_half_the_comparisons_and_all_scores(tmp_pa
     cases = dpo.rank_groups(judge, plain, prompts, groups)      # win rates: rings of 6 and 4
     assert [len(questions) for questions in asked] == [12 + 6] and cases[1] == ("dropped: equal or undecided", None)
     assert cases[0][0] == "kept"
+    cases = dpo.rank_groups(lambda questions: [Failure("down"), *judge(questions)[1:]], plain, prompts, groups)
+    assert [case for case, _ in cases] == ["dropped: a comparison failed", "dropped: equal or undecided"]
     with pytest.raises(ValueError, match="none of 18 questions is answered: no route"):
         dpo.rank_groups(lambda questions: [Failure("no route")] * len(questions), plain, prompts, groups)
 

@@ -1,5 +1,6 @@
 """The stochastic sampler, the objective, the reward of a group, whole runs."""
 import json
+import math
 import os
 import re
 import shutil
@@ -54,11 +55,11 @@ def options(files, generator_folder, out, *extra):
     """The words of a run that lasts seconds; `extra` override them."""
     return ["--model", generator_folder, "--data", f"{files}/prompts.txt", "--eval-data", f"{files}/held_out.txt",
             "--watch", "none", "--eval-every", "2", "--group-size", "3", "--pairs", "all", "--num-prompts", "2", "--batch-size", "6",
-            "--max-steps", "1", "--warmup-steps", "1", "--max-new-tokens", "8", "--out", str(out), *extra]
+            "--max-steps", "1", "--warmup-steps", "1", "--max-new-tokens", "8", "--no-bf16", "--out", str(out), *extra]
 
 
 def arguments(*extra):
-    return grpo.parse_args(["--kl", "0", *extra])
+    return grpo.parse_args(["--kl", "0", "--no-bf16", *extra])
 
 
 def call(pipe, **extra):
@@ -222,6 +223,11 @@ def test_advantages_stay_within_groups_and_are_counted():
     torch.testing.assert_close(advantages, torch.tensor([-.7, .7, 0, .7 - .3, -.7, .3]))
     assert numbers["reward/index"] == 3 and numbers["verdicts"] == 6
     assert step(judge, [data.Reward(100.0, "flex", None)])[0].abs().max() == 5
+    half = data.Reward(1.0, "half", lambda media, prompts: [4, math.nan, 3, 2, math.nan, math.nan])
+    assert step(judge, [half])[1]["reward/half"] == 3                               # of those that are there
+    none = data.Reward(1.0, "none", lambda media, prompts: [math.nan] * 6)
+    with pytest.raises(RuntimeError, match="6 of 6 scores/none are missing"):
+        step(judge, [half, none], "--max-parse-fail", ".5")
 
 
 def test_a_judge_sees_8_frames_of_a_long_clip_as_in_its_training(tmp_path, monkeypatch):
@@ -290,7 +296,7 @@ def test_run_resumes_exactly_and_starts_at_ratio_1(lora, generator_folder, judge
     name = f"{files}/rewards.py:bright"
     assert f"held_out_{name}" in log[1] and 0 <= log[1]["held_out_win_rate"] <= 1 and "held_out_win_rate" not in log[0]
     last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-    assert last["before"].keys() == last["after"].keys() == {name, "win_rate"} and last["before"]["win_rate"] == .5
+    assert last["before"].keys() == last["after"].keys() == {name, "win_rate", "undecided"} and last["before"]["win_rate"] == .5
     shutil.rmtree(out / "step_000004")
     grpo.main([*words, "--resume"])
     torch.testing.assert_close(weights(out, 4), whole, rtol=0, atol=0)
@@ -378,7 +384,7 @@ def test_too_many_undecided_verdicts_stop_the_run_and_show_one(generator_folder,
     message = r"(?s)6 of 6 verdicts are undecided, more than --max-parse-fail. One of them:\n."
     with pytest.raises(RuntimeError, match=message):
         grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", judge_folder))
-    with pytest.raises(RuntimeError, match="6 of 6 scores are missing, more than --max-parse-fail"):
+    with pytest.raises(RuntimeError, match="6 of 6 scores/.*rewards.py:missing are missing, more than --max-parse-fail"):
         grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:missing"))
     grpo.main(options(files, generator_folder, tmp_path / "run", "--judge", judge_folder, "--max-parse-fail", "1"))
     assert rows(tmp_path / "run")[0]["undecided"] == 1 and rows(tmp_path / "run")[0]["zero_variance_groups"] == 1
@@ -388,7 +394,7 @@ def test_a_reward_of_your_own_needs_no_judge_whatever_its_name(generator_folder,
     shutil.copy(files / "rewards.py", tmp_path / "flexible_score.py")
     monkeypatch.setattr(grpo, "load_judge", None)
     grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{tmp_path}/flexible_score.py:bright:.5"))
-    assert rows(tmp_path / "run")[0]["scores"] == 6 and rows(tmp_path / "run")[0]["verdicts"] == 0
+    assert rows(tmp_path / "run")[0][f"scores/{tmp_path}/flexible_score.py:bright"] == 6 and rows(tmp_path / "run")[0]["verdicts"] == 0
 
 
 def test_an_error_of_the_reward_ends_the_run(generator_folder, files, tmp_path):

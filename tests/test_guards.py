@@ -1,6 +1,7 @@
 """Never train silently wrong: each run below gives the right result or one clear error, in time."""
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -146,6 +147,16 @@ def test_adapters_that_reach_nothing_are_refused(stage, run, at_once):
         run(stage, *driven("Qwen-Image"), "--targets", r"blocks\.1\.(txt_mlp|attn\.to_add_out)")
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_goes_on_whose_adapters_are_not_all_reached(stage, run, tmp_path):
+    """Its checkpoint holds a state for each, those of the last block's text stream too."""
+    words = ["--targets", r"blocks\.1\.", "--max-steps", "3", "--save-every", "2"]
+    _, whole = run(stage, *driven("Qwen-Image"), *words)
+    shutil.rmtree(tmp_path / "run/step_000003")
+    _, again = run(stage, *driven("Qwen-Image"), *words, "--resume")
+    assert again["step"] == 3 and again["loss"] == whole["loss"] and again["grad_norm"] == whole["grad_norm"] > 0
+
+
 def test_a_first_step_that_changes_no_sample_stops_the_run(run, monkeypatch):
     """Adapters whose update is lost get gradients of 0."""
     monkeypatch.setattr(sft.LoRALinear, "forward", lambda self, x: self.base(x) + 0 * (
@@ -252,7 +263,7 @@ def test_the_first_update_of_every_rollout_looks_again(run, monkeypatch):
     ([0.0, 1e-6], False, True), ([0.0, 1e-4], False, False), ([1e-4], True, True),
     ([.02], True, False), ([0.0, float("nan")], False, False)])
 def test_what_the_first_update_may_differ_by(errors, bf16, is_well):
-    args = grpo.parse_args(["--bf16"] if bf16 else [])
+    args = grpo.parse_args(["--bf16"] if bf16 else ["--no-bf16"])
     if is_well:
         assert grpo.check_ratio(errors, args) == max(errors)
     else:

@@ -94,6 +94,26 @@ def free_port():
         return s.getsockname()[1]
 
 
+def test_servers_must_serve_one_model(monkeypatch):
+    names = iter(["/a/judge", "/b/judge", "one", "one"])
+    monkeypatch.setattr(ServerJudge, "request", lambda self, *args: next(names))
+    with pytest.raises(ValueError, match=r"name their models \['/a/judge', '/b/judge'\]: append #MODEL"):
+        reward.load_judge("http://a:1,http://b:1")
+    assert reward.load_judge("http://a:1,http://b:1").body["model"] == "one"
+    assert reward.load_judge("http://a:1,http://b:1#mine").body["model"] == "mine"                   # nobody is asked
+
+
+@pytest.mark.parametrize("answers", ["[GOOD] * (len(questions) - 1)", "[GOOD] * (len(questions) + 1)", "(GOOD for _ in questions)"])
+def test_a_function_must_answer_each_question(answers, tmp_path):
+    (tmp_path / "judge.py").write_text(f"GOOD = {GOOD!r}\ndef judge(questions):\n    return {answers}\n")
+    judge = reward.load_judge(f"{tmp_path}/judge.py:judge")
+    if "for" in answers:                             # a generator is as good as a list
+        assert reward.ask(judge, [question("a")] * 3) == [GOOD] * 3
+        return
+    with pytest.raises(ValueError, match=r"judge.py:judge gave [24] texts for 3 questions"):
+        judge([question("a")] * 3)
+
+
 def judge_of(*urls, **options):
     return ServerJudge(urls, **{"template": "{prompt}", "timeout": 1.0, "retries": 1, "model": "toy", **options})
 
@@ -228,7 +248,7 @@ def test_grpo_counts_a_flaky_judge_and_stops_at_a_dead_one(generator_folder, tmp
         with pytest.raises(RuntimeError, match="(?s)more than --max-parse-fail.*HTTP 400: no"):
             run(url, "strict", "--max-parse-fail", ".1")
         (tmp_path / "mute.py").write_text("mute = lambda media, prompts: [float('nan')] * len(media)\n")
-        with pytest.raises((SystemExit, RuntimeError), match="(?s)6 of 6 scores are missing"):
+        with pytest.raises((SystemExit, RuntimeError), match="(?s)6 of 6 scores/.*mute are missing"):
             run(url, "mute", "--reward", f"{tmp_path}/mute.py:mute", "--max-parse-fail", ".5")
     with pytest.raises((SystemExit, ValueError), match="no judge answers: .*refused"):
         run(url, "dead")
@@ -319,7 +339,7 @@ def test_items_with_one_side_only():
 def test_rewards_by_name(tmp_path, monkeypatch):
     path = tmp_path / "mine.py"
     path.write_text("def red(media, prompts):\n    return [frames[0].getpixel((0, 0))[0] / 255 for frames in media]\nbad = lambda m, p: [1.0]\n")
-    flex, mine = load_rewards(f"flex:0.7, {path}:red:0.3")
+    flex, mine = load_rewards(f"flex:0.7, {path}:red:0.3", redder)
     assert load_rewards("none") == []
     assert (flex.weight, flex.name, flex.function) == (.7, "flex", None) and (mine.weight, mine.name) == (.3, f"{path}:red")
     assert {name: values.tolist() for name, values in reward_values(mine, [[picture("red")], [picture("blue")]], ["p"] * 2).items()} == {mine.name: [1, 0]}
@@ -327,10 +347,10 @@ def test_rewards_by_name(tmp_path, monkeypatch):
     for name in ("bad", "none", "holes"):
         with pytest.raises(ValueError, match="returned .* for 2 items"):
             reward_values(load_rewards(f"{path}:{name}")[0], [[picture()]] * 2, ["p"] * 2)
-    for text, words in [("flex:nan", "'flex:nan': pass flex, score"),
+    for text, words in [("flex:nan", "'flex:nan': pass FILE.py:function"),
                         (f"{path}:nowhere", "has no function nowhere"),
-                        ("clip:1", "'clip': pass flex, score or FILE.py:function"),
-                        (f"{tmp_path}/other.py:f", "other.py:f': pass flex")]:
+                        ("clip:1", "'clip': pass FILE.py:function"), ("flex", "'flex': pass FILE.py:function"),
+                        (f"{tmp_path}/other.py:f", "other.py:f': pass FILE")]:
         with pytest.raises(ValueError, match=words):
             load_rewards(text)
     said = {"a": "Final Score: 4", "b": "no idea"}
@@ -352,7 +372,7 @@ def test_measures_of_a_watch_are_means_without_missing_values(tmp_path, monkeypa
         return numbers
 
     assert measure(f"{path}:two,{path}:one") == {"long": 2, "odd": .5, f"{path}:one": 3} and measure("none") == {}
-    with pytest.raises(ValueError, match="'nowhere.py:f': pass flex, score or FILE.py:function"):
+    with pytest.raises(ValueError, match="'nowhere.py:f': pass FILE.py:function"):
         measure("nowhere.py:f")
     path.write_text("def short(media, prompts):\n    return {'few': [1.0]}\n")
     with pytest.raises(ValueError, match=r"reward few returned \[1.0\] for"):
@@ -447,7 +467,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
     (["--prompt", "", "a.png", "a.png"], "the text '' is empty"),
     (["a.png", "none.png", "--prompt", "x"], "none.png"), (["eval", "none.jsonl"], "none.jsonl"),
     (["eval", "bad.jsonl"], "bad.jsonl:2.*Image 3"), (["eval", "null.jsonl"], "null.jsonl:1.*'winner' is None"), (["eval", "blank.jsonl"], "blank.jsonl:1.*'prompt' is ' '"),
-    (["a.png", "a.png", "--prompt", "x", "--judge", "http://a:1,"], "is no URL"), (["eval", "empty.jsonl"], "no pair records"),
+    (["a.png", "a.png", "--prompt", "x", "--judge", "http://127.0.0.1:9,"], "unknown url type"), (["eval", "empty.jsonl"], "no pair records"),
     (["a.png", "a.png", "a.png", "--prompt", "x", "--pairs", "ring:7"], "K from 1 to 1")])
 def test_command_errors(tmp_path, monkeypatch, capsys, argv, words):
     monkeypatch.chdir(tmp_path)

@@ -27,7 +27,7 @@ def family(request):
 
 
 def options(*extra):
-    return grpo.parse_args(["--sde-steps", "2", "--kl", "0", *extra])
+    return grpo.parse_args(["--sde-steps", "2", "--kl", "0", "--no-bf16", *extra])
 
 
 def policy_gradient(pipe, rollout, advantages, args):

@@ -1,6 +1,7 @@
 """torchrun on the CPU: any number of ranks, copies (DDP) or shards (FSDP2), equals one process; a failing rank ends the run."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,7 +86,9 @@ def test_ranks_equal_one_process(run, runs):
     a, b = weights(runs / single, 2), weights(runs / run, 2)
     apart = max((a[k] - b[k]).abs().max().item() for k in a)
     assert apart < 1.5e-4, apart                     # of 2 steps of 1e-4: Adam's sign may flip where a gradient is nearly 0
-    assert (runs / run / "model").exists()
+    classes = [{path.relative_to(runs / name): re.findall("[A-Za-z0-9]+(?:Model|Generation)\\b", path.read_text())
+                for path in (runs / name / "model").rglob("config.json")} for name in (single, run)]
+    assert classes[0] == classes[1] and any(classes[0].values())     # shards have a class of their own, which no config may name
     if "sft" in run or "generator" in run:
         name = "model.safetensors" if "sft" in run else "transformer/diffusion_pytorch_model.safetensors"
         with safe_open(runs / run / "model" / name, "pt") as file:

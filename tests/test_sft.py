@@ -126,10 +126,10 @@ def test_a_judge_keeps_the_words_it_was_asked_for_scores_with(judge_folder, toy_
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0), (torch.float32, .02)])
 def test_muon_is_torchs_but_for_its_precision(dtype, tolerance, monkeypatch):
-    """Three steps on wide, tall and square matrices with a decaying weight; torch.optim.Muon multiplies in bfloat16."""
+    """Three steps on wide, tall and square matrices, two of one shape, with a decaying weight; torch.optim.Muon multiplies in bfloat16."""
     monkeypatch.setattr(sft, "has_bf16", lambda: dtype == torch.bfloat16)
     torch.manual_seed(0)
-    start = [torch.randn(shape) for shape in ((8, 24), (24, 8), (16, 16))]
+    start = [torch.randn(shape) for shape in ((8, 24), (24, 8), (16, 16), (8, 24))]
     found = []
     for make in (lambda ps: sft.Muon(ps, {"lr": 0.0, "weight_decay": .1}), lambda ps: torch.optim.Muon(ps, .05, .1, adjust_lr_fn="match_rms_adamw")):
         params, gradients = [x.clone().requires_grad_() for x in start], torch.Generator().manual_seed(1)

@@ -59,15 +59,11 @@ PICTURES = [    # file name, mode, its left and right half as stored, how saved,
     ("opaque.gif", "P", 0, 1, {}, RED, BLUE),
     ("key.png", "RGB", "red", "blue", {"transparency": (255, 0, 0)}, WHITE, BLUE),
     ("grey key.png", "L", 0, 200, {"transparency": 0}, WHITE, "c8c8c8"),
-    # 16 bits: 25700 = 100 * 257; a transparent grey of 16 bits is left opaque
-    ("16.png", "I;16", 25700, 65535, {}, "646464", WHITE),
-    ("16 dark.png", "I;16", 257, 514, {}, "010101", "020202"),
-    ("16.tif", "I;16", 25700, 65535, {}, "646464", WHITE),
-    ("16 big-endian.tif", "I;16B", 25700, 65535, {}, "646464", WHITE),
-    ("16.pgm", "I;16", 25700, 65535, {}, "646464", WHITE),
-    ("16 key.png", "I;16", 25700, 100, {"transparency": 100}, "646464", BLACK),
-    ("32.tif", "I", 25700, 65535, {}, "646464", WHITE),
-    ("32 large.tif", "I", 600_000, 3_000_000, {}, None, None),
+    # more than 8 bits have no one way to be seen
+    ("16.png", "I;16", 25700, 65535, {}, None, None),
+    ("16.tif", "I;16", 25700, 65535, {}, None, None),
+    ("16.pgm", "I;16", 25700, 65535, {}, None, None),
+    ("32.tif", "I", 600_000, 3_000_000, {}, None, None),
     ("float.tif", "F", .25, .5, {}, None, None)]
 
 
