@@ -115,3 +115,12 @@ def test_other_records_under_the_same_name_are_refused(judge_folder, toy_folder,
 def test_resume_without_a_checkpoint_starts_and_says_so(judge_folder, toy_folder, tmp_path, capsys):
     sft.main([*small(toy_folder), "--model", judge_folder, "--max-steps", "1", "--out", str(tmp_path / "run"), "--resume"])
     assert "no checkpoint in" in capsys.readouterr().out and len(rows(tmp_path / "run")) == 1
+
+
+def test_a_wording_beside_an_earlier_model_does_not_stay(judge_folder, toy_folder, tmp_path):
+    """dpo.py and grpo.py would ask in it."""
+    old = tmp_path / "run/model/score_template.txt"
+    old.parent.mkdir(parents=True)
+    old.write_text("How good? {prompt}")
+    sft.main([*small(toy_folder), "--model", judge_folder, "--max-steps", "1", "--out", str(tmp_path / "run")])
+    assert (old.parent / "template.txt").exists() == Path(judge_folder, "template.txt").exists() and not old.exists()
