@@ -31,8 +31,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.utils import logging
 from reward import (Candidate, Comparison, Failure, ServerJudge, add_judge_options, ask,
-                    build_messages, chat_text, check_text, judge_options, load_function,
-                    load_judge, load_media, parse_score, parse_verdict, read_winner)
+                    build_messages, chat_text, check_text, judge_options, leave_out_video,
+                    load_function, load_judge, load_media, parse_score, parse_verdict, read_winner)
 
 KINDS = {  # the fields of a kind beside prompt and media; a record is of the first kind that fits
     "preference": ["chosen", "rejected"], "trace": ["response"], "pair": ["winner"],
@@ -62,7 +62,7 @@ def check_record(record, kind=None, folder=Path()):
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"a record of no known form ({error!r}).") from None
     kind = kind or kind_of(record)
-    has_task = "instruction" in record and kind not in ("image", "prompt")
+    has_task = "instruction" in record and kind in ("trace", "preference")
     task = "instruction" if has_task else "prompt"
     for name in [task, *KINDS[kind]]:
         value = record.get(name)
@@ -435,6 +435,7 @@ def stored_dtype(folder):
 def load_pipeline(path, device, dtype=torch.float32, frozen=torch.float32, fsdp=False):
     """The pipeline in a folder or hub repository, driven; its pipe.call_args: pipe_args.json. Its
     denoisers are of `dtype`, "auto" is the stored one, all else is of the type `frozen`."""
+    leave_out_video()
     local = Path(path).is_dir()                      # whose own code (*.py) is trusted
     folder = path if local else diffusers.DiffusionPipeline.download(path)
     if dist.is_initialized() and dist.get_rank():    # rank 0 first, as code goes to one cache
@@ -453,7 +454,7 @@ def load_pipeline(path, device, dtype=torch.float32, frozen=torch.float32, fsdp=
 def drive(pipe, device, fsdp=False):
     """The pipeline on its device, all but its denoisers frozen, its scheduler and first latents
     wrapped. With fsdp denoisers stay on the CPU. ValueError: latents move otherwise than by one
-    scheduler.step, or hooks offload the model, so that nothing gets a gradient."""
+    scheduler.step."""
     name = type(pipe).__name__
     source = inspect.getsource(inspect.unwrap(type(pipe).__call__))
     if source.count("scheduler.step(") != 1 or "deepcopy(self.scheduler)" in source:
@@ -462,8 +463,6 @@ def drive(pipe, device, fsdp=False):
         raise ValueError(f"{name} has no prepare_latents, which the driver wraps")
     prediction_type(pipe)                            # ValueError: one that cannot be trained
     policy = denoisers(pipe)
-    if any(hasattr(module, "_hf_hook") for module in policy.modules()):
-        raise ValueError(f"{name} is offloaded by hooks and would get no gradient: load it without")
     for part, module in pipe.components.items():
         if isinstance(module, nn.Module):
             module.requires_grad_(part in policy).eval()
@@ -579,7 +578,7 @@ def seeded_noise(shape, *seed):                      # standard normal, on the C
 class Reward:
     weight: float
     name: str
-    function: object        # function(media, prompts) -> B numbers; None for "flex", by comparisons
+    function: object        # (media, prompts) -> B numbers, for --watch also {name: B}; None: flex
 
 def load_rewards(text, judge=None):
     """[Reward, ...] of "flex:0.7,FILE.py:function:0.3": flex, verdicts on pairs; score, the judge's
@@ -598,9 +597,10 @@ def load_rewards(text, judge=None):
         rewards.append(Reward(float(weight or 1), name, function))
     return rewards
 
+@torch.no_grad()
 def reward_values(reward, media, prompts):
     """{name: (B,) tensor} of a Reward's function; ValueError: not a number for each item."""
-    values = reward.function(media, prompts)
+    values = reward.function(copy.deepcopy(media), prompts)     # which may write into them
     columns = values if isinstance(values, dict) else {reward.name: values}
     tensors = {}
     for name, column in columns.items():

@@ -23,10 +23,10 @@ from reward import (FORBIDDEN, Candidate, Failure, ask, compare_groups, judge_op
                     load_media, parse_score, parse_verdict, sample_pairs, win_rates)
 from sft import (add_noise, autocast, call_sharded, disable_lora, dry_run, encode_responses,
                  evaluate_folder, evaluate_samples, finish_log, gather_list, get_rank,
-                 get_world_size, load_checkpoint, load_generator, load_trained_judge, log_row,
+                 get_world_size, load_checkpoint, load_generator, load_trained_judge, log_and_save,
                  make_optimizers, micro_batches, optimizer_step, prefetch, prepare_training,
-                 progress, response_token_logps, save_checkpoint, save_generator, save_judge,
-                 setup_distributed, split_over_ranks, stage_parser, start_log, sum_over_ranks)
+                 progress, response_token_logps, save_generator, save_judge, setup_distributed,
+                 split_over_ranks, stage_parser, start_log, sum_over_ranks)
 
 DEFAULTS = {
     "judge": {
@@ -114,8 +114,7 @@ def main(argv=None):
             stats.update(sums)
         row = optimizer_step(model, optimizers, step, args)
         row |= {name: total / per_step for name, total in sum_over_ranks(stats).items()}
-        log_row(args, step, row)
-        save_checkpoint(args, step, model, optimizers)
+        log_and_save(args, step, row, model, optimizers)
 
     save_judge(args, judge)
     after = evaluate_folder(Path(args.out, "model"), args, device)
@@ -165,8 +164,7 @@ def train_generator(args, device):
             stats.update(sums)
         row = optimizer_step(policy, optimizers, step, args)
         row |= {name: total / per_step for name, total in sum_over_ranks(stats).items()}
-        log_row(args, step, row)
-        save_checkpoint(args, step, policy, optimizers)
+        log_and_save(args, step, row, policy, optimizers)
 
     save_generator(args, pipe, call)
     after = evaluate_samples(pipe, args, call, media_before)[1]

@@ -18,10 +18,9 @@ from data import (batch_indices, frames_of, load_rewards, predict, prediction_ty
 from reward import (Failure, compare_groups, group_advantages, judge_options, load_judge,
                     load_media, normalize, run_in_threads, sample_pairs, win_rates)
 from sft import (autocast, disable_lora, evaluate_samples, finish_log, gather_list, get_rank,
-                 get_world_size, load_checkpoint, load_generator, log_row, make_optimizers,
-                 optimizer_step, prepare_training, progress, save_checkpoint, save_generator,
-                 setup_distributed, split, split_over_ranks, stage_parser, start_log,
-                 sum_over_ranks)
+                 get_world_size, load_checkpoint, load_generator, log_and_save, make_optimizers,
+                 optimizer_step, prepare_training, progress, save_generator, setup_distributed,
+                 split, split_over_ranks, stage_parser, start_log, sum_over_ranks)
 
 NUM_COMPARED = 192                      # held-out samples that are compared with the base's
 DEFAULTS = {
@@ -54,7 +53,7 @@ def sde_step(sigmas, i, x, v, eta):
     """(mean, std) of the Gaussian p(x[i+1] | x[i]), in float32; eta 0 is the ODE's Euler step.
     mean = x + v dt + s^2 / (2 sigma) (x + (1 - sigma) v) dt,  std = s sqrt(-dt),
     s = eta sqrt(sigma / (1 - sigma)),  dt = sigma[i+1] - sigma[i] < 0;  at the first step, where
-    sigma may be 1, s takes the next sigma (Eq. 9 of arXiv 2505.05470)."""
+    sigma may be 1, 1 - sigma is the next step's (Eq. 9 of arXiv 2505.05470)."""
     sigma = sigmas[i]
     dt = sigmas[i + 1] - sigma
     x = x.float()
@@ -245,13 +244,13 @@ def check_ratio(errors, args):
 
 @torch.no_grad()
 def check_moved(pipe, rollout, args):
-    """RuntimeError: the first optimizer step has changed nothing at the first sampling step."""
+    """RuntimeError: the first rollout's advantages have not changed the first sampling step."""
     mean, std = mean_at(pipe, rollout, 0, args)
     moved = ((mean - rollout.means[0]).abs().max() / std).item()
     if get_rank() == 0:
-        print(f"the first optimizer step moved means by at most {moved:.3g} std", flush=True)
+        print(f"the first rollout moved means by at most {moved:.3g} std", flush=True)
     if moved == 0 and rollout.advantages.any():
-        raise RuntimeError("the first optimizer step has changed no sample: see --targets, --lr")
+        raise RuntimeError("the first rollout has changed no sample: see --targets, --lr")
 
 # ---------- The loop
 def main(argv=None):
@@ -263,6 +262,7 @@ def main(argv=None):
     options = judge_options(args, "template" if "flex" in names else "score_template")
     judge = load_judge(args.judge, **options) if names & {"flex", "score"} else None
     rewards = load_rewards(args.reward, judge)
+    judge = "flex" in names and judge               # a judge of scores need not compare
     prepare_training(policy, args, device)
     optimizers = make_optimizers(policy)
     check_run(args, pipe, records, call, names)
@@ -317,8 +317,7 @@ def main(argv=None):
         if args.eval_every and (step + 1) % args.eval_every == 0:
             numbers = evaluate(pipe, judge, base_media, args, call, NUM_COMPARED)
             row.update({f"held_out_{name}": number for name, number in numbers.items()})
-        log_row(args, step, row)
-        save_checkpoint(args, step, policy, optimizers)
+        log_and_save(args, step, row, policy, optimizers)
 
     save_generator(args, pipe, call)
     after = evaluate(pipe, judge, base_media, args, call)
@@ -331,8 +330,8 @@ def check_run(args, pipe, records, call, rewards):
         raise ValueError(f"{args.model} predicts {prediction_type(pipe)}: it is no flow")
     if args.kl and not args.lora_rank:
         raise ValueError("--kl is the distance to the model without adapters: pass --lora-rank")
-    if args.eta <= 0 or args.sde_steps <= 0:
-        raise ValueError("without noise a group's samples are equal: raise --eta and --sde-steps")
+    if args.eta <= 0 or args.sde_steps <= 0 or args.group_size < 2:
+        raise ValueError("nothing sets a sample apart: raise --eta, --sde-steps or --group-size")
     if args.num_prompts % get_world_size() or args.num_prompts > len(records):
         raise ValueError(f"--num-prompts {args.num_prompts}: pass a multiple of the "
                          f"{get_world_size()} ranks, at most {len(records)} as in {args.data}")
@@ -356,9 +355,9 @@ def check_run(args, pipe, records, call, rewards):
               f"held-out samples those of {type(pipe.scheduler.scheduler).__name__}", flush=True)
 
 def evaluate(pipe, judge, base_media, args, call, num=None):
-    """{name: number} of (the first num) held-out samples: of --watch, and who wins by the judge."""
+    """{name: number} of (the first num) held-out samples: of --watch, with flex also who wins."""
     media, numbers = evaluate_samples(pipe, args, call, base_media, num)
-    if judge is None:
+    if not judge:
         return numbers
     records = read_records(args.eval_data, "prompt")[:NUM_COMPARED]
     rng = random.Random(args.seed)

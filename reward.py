@@ -10,7 +10,7 @@ import argparse, base64, contextlib, html, io, json, os, random, re, runpy, sys,
 import urllib.error, urllib.request
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
@@ -357,14 +357,15 @@ def parse_score(text):
     "Alignment Score (1-5): 3.5"; final scores that differ and unreadable lines give None."""
     def value(scale, number, maximum):
         return float(number) * (5 / float(maximum or scale or 5))
-    if isinstance(text, Failure):
+    answer = text.rpartition("</think>")[2]             # what the judge thought is no answer
+    if isinstance(text, Failure) or "<think>" in answer:
         return None
-    if "final score" in text.lower():
-        finals = {value(*match) for match in FINAL_SCORE.findall(text)}
+    if "final score" in answer.lower():
+        finals = {value(*match) for match in FINAL_SCORE.findall(answer)}
         return finals.pop() if len(finals) == 1 else None
-    scores = {name: value(*number) for name, *number in SCORE_LINE.findall(text)
+    scores = {name: value(*number) for name, *number in SCORE_LINE.findall(answer)
               if name.lower().endswith("score")}
-    num_lines = len(re.findall(r"score\b[^:\n]{0,20}:", text, re.I))
+    num_lines = len(re.findall(r"score\b[^:\n]{0,20}:", answer, re.I))
     if not scores or len(scores) != num_lines:          # one was not read, or came twice
         return None
     return sum(scores.values()) / len(scores)
@@ -503,7 +504,7 @@ class ServerJudge:
     `batch_size` requests are in flight. One that takes `timeout` seconds or gets a status of 408,
     429 or 5xx is tried `retries` times more, at the next URL; then the answer is a Failure."""
     def __init__(self, urls, model=None, template=None, score_template=None, batch_size=None,
-                 timeout=300.0, retries=4, max_new_tokens=None, seed=0):
+                 timeout=300.0, retries=4, max_new_tokens=None):
         self.urls = [re.sub(r"(/v1)?(/chat/completions)?/*$", "", url) for url in urls]
         self.templates = {Comparison: template, Candidate: score_template}
         self.batch_size = batch_size or 32
@@ -515,7 +516,7 @@ class ServerJudge:
             raise ValueError(f"no judge answers: {names[0]}. Start: vllm serve MODEL --port 8000")
         if len(set(names)) > 1:
             raise ValueError(f"the servers name their models {names}: append #MODEL to the URLs")
-        self.body = {"model": names[0], "max_tokens": max_new_tokens or 2048, "seed": seed}
+        self.body = {"model": names[0], "max_tokens": max_new_tokens or 2048, "seed": 0}
 
     def __call__(self, questions, temperature=0.0):
         """Texts or Failures, in order."""
@@ -603,8 +604,9 @@ def compare_groups(judge, groups, schedule):
     verdicts = iter([parse_verdict(text) for text in judge(questions)])
     return [list(islice(verdicts, len(pairs))) for pairs in schedule]
 
+@cache
 def load_function(name):
-    """The function of "FILE.py:function"; None: no such name. ValueError: not in the file."""
+    """The function of "FILE.py:function", a file run once; None: no file. ValueError: not in it."""
     path, _, function_name = name.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         return None

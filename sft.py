@@ -24,8 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from data import (StopPipeline, as_question, batch_indices, denoisers, encode, encode_records,
@@ -96,8 +95,7 @@ def main(argv=None):
             loss_sum += loss.item()
         row = optimizer_step(model, optimizers, step, args)
         row.update(sum_over_ranks({"loss": loss_sum}), num_tokens=num_tokens)
-        log_row(args, step, row)
-        save_checkpoint(args, step, model, optimizers)
+        log_and_save(args, step, row, model, optimizers)
         if step + 1 == FIRST_VERDICT and get_rank() == 0 and not args.fsdp:
             print(f"\nafter {step + 1} steps the judge says of a held-out pair:")
             print_verdict(judge, pairs[0])
@@ -161,8 +159,7 @@ def train_generator(args, device):
             loss_sum += loss.item()
         row = optimizer_step(policy, optimizers, step, args)
         row.update(sum_over_ranks({"loss": loss_sum}))
-        log_row(args, step, row)
-        save_checkpoint(args, step, policy, optimizers)
+        log_and_save(args, step, row, policy, optimizers)
 
     save_generator(args, pipe, call)
     after = evaluate_samples(pipe, args, call)[1]
@@ -605,19 +602,18 @@ def save_adapter(args, policy, prefix, filename):
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
 def save_merged(model, folder):
-    """model.save_pretrained(folder), adapters merged and shards gathered. All ranks call it."""
+    """model.save_pretrained(folder), adapters merged and shards gathered. All ranks call it. Sums
+    in bfloat16 are right on average: to the nearest, small updates would be lost."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)        # {} but on rank 0
-    kept = []
     for name in lora_layers(model) if state else []:
-        update = state.pop(f"{name}.lora_B") @ state.pop(f"{name}.lora_A")
         weight = state[f"{name}.base.weight"]
-        merged = (weight.float() + update).to(weight.dtype)
-        kept.append(((merged.float() - weight.float()) * update).sum() / update.pow(2).sum())
-        state[f"{name}.base.weight"] = merged
-    share = torch.stack(kept).nanmean() if kept else 1.0
-    if share < 0.99:
-        print(f"{folder}: rounding to {merged.dtype} keeps {share:.0%} of the update, adapter/ all")
+        x = weight.float() + state.pop(f"{name}.lora_B") @ state.pop(f"{name}.lora_A")
+        if weight.dtype == torch.bfloat16:           # 8 bits: rounded at random
+            noise = torch.randint(2 ** 16, x.shape, dtype=torch.int32,
+                                  generator=seeded_generator(name))
+            x = (x.view(torch.int32) + noise >> 16 << 16).view(torch.float32)
+        state[f"{name}.base.weight"] = x.to(weight.dtype)
     state = {re.sub(r"\.base\.(weight|bias)$", r".\1", name): x for name, x in state.items()}
     if get_rank() == 0:
         model.state_dict = lambda *args, **kwargs: state        # what save_pretrained writes
@@ -716,6 +712,10 @@ def save_checkpoint(args, step, policy, optimizers):
         partial.rename(Path(args.out, f"step_{num_steps:06d}"))
         for old in sorted(Path(args.out).glob("step_*"))[:-2]:
             shutil.rmtree(old)
+        plots = Path(__file__).parent / "tests/plots.py"        # curves.png beside the log
+        if num_steps > 1 and plots.exists():
+            log = f"{args.out}/log.jsonl"
+            subprocess.run([sys.executable, plots, log], stdout=subprocess.DEVNULL)
     gather_list([])
 
 MAY_DIFFER = ("resume", "out", "save_every", "judge_batch")
@@ -776,14 +776,15 @@ def progress(start, args):
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + get_rank())
         yield step
 
-def log_row(args, step, numbers):
-    """Append a row to the log. peak_gib: the most memory of this process, or of its GPU."""
+def log_and_save(args, step, numbers, policy, optimizers):
+    """Log a row, save_checkpoint. peak_gib: the most memory of this process, or of its GPU."""
     unit = 2 ** (30 if sys.platform == "darwin" else 20)        # bytes or KiB
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     if torch.cuda.is_available():
         peak_gib = torch.cuda.max_memory_allocated() / 2 ** 30
     if get_rank() == 0:
         append_log(args, {"step": step + 1, **numbers, "time": time.time(), "peak_gib": peak_gib})
+    save_checkpoint(args, step, policy, optimizers)
 
 def finish_log(args, columns, command):
     """Print and log {"before": {name: number}, "after": {...}}; print what to run next."""

@@ -1,23 +1,21 @@
-"""Pictures of curves with PIL alone: of a run's log, and of the arms of a benchmark.
+"""Pictures of curves with PIL alone: of a run's log, which the stages call at every save, and of the
+arms of a benchmark.
 
     python tests/plots.py out/judge-sft/log.jsonl        writes out/judge-sft/curves.png
-    python tests/plots.py out/grpo/before_after.html     writes out/grpo/before_after.png
+    python tests/plots.py out/grpo                       writes out/grpo/before_after.png
 """
 import argparse
-import base64
-import html
-import io
 import json
 import math
-import re
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import toy_oracle
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 INKS = [(90, 90, 90), (40, 90, 210), (30, 150, 70), (215, 60, 40), (150, 70, 190), (200, 140, 0)]
 GREY = (160, 160, 160)
@@ -36,7 +34,7 @@ def ticks(low, high, log=False):
         inside = [value for value in values if low <= value <= high]
         if len(inside) > 1:
             return inside
-    rough = (high - low) / 4
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
     first = math.ceil(low / step - 1e-9)
@@ -46,7 +44,7 @@ def ticks(low, high, log=False):
 
 def format_tick(value):
     if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e")
     return f"{value:g}"
 
 
@@ -184,75 +182,99 @@ def draw_curves(log, width=360, height=230, columns=4):
     return path
 
 
-def read_pairs(page):
-    """[(prompt, image before, image after), ...] of a stage's before_after.html."""
-    pairs = []
-    for figure in Path(page).read_text().split("<figcaption>")[1:]:
-        prompt = html.unescape(figure.split("</figcaption>")[0])
-        images = re.findall('<img src="data:image/png;base64,([^"]+)"', figure)
-        if not images or len(images) % 2:
-            raise ValueError(f"{page}: {len(images)} images of {prompt!r}; expected pairs of them, "
-                             "before and after")
-        ends = [images[0], images[len(images) // 2]]                # the first frames of clips
-        decoded = [Image.open(io.BytesIO(base64.b64decode(data))) for data in ends]
-        pairs.append((prompt, *[image.convert("RGB") for image in decoded]))
-    return pairs
-
-
 def is_true(prompt, image):
     """Whether the toy world's oracle finds the prompt's objects in the image, None for others."""
+    import toy_oracle                                # now, as stages draw curves without it
     try:
         return toy_oracle.success(toy_oracle.parse_prompt(prompt), image)
     except ValueError:
         return None
 
 
-def headline(page):
-    """What the last row of the log beside the page says of true samples, before and after."""
-    log = Path(page).with_name("log.jsonl")
-    lines = log.read_text().splitlines() if log.exists() else []
-    ends = [json.loads(line) for line in lines if line.startswith('{"before"')]
-    if not ends or "true" not in ends[-1]["before"]:
-        return "before | after"
-    before, after = [100 * ends[-1][column]["true"] for column in ("before", "after")]
-    return (f"before | after.  Green: true to its prompt, of all held-out samples {before:.1f} % "
-            f"before and {after:.1f} % after")
+def held_out_samples(model, options):
+    """[(prompt, PIL image), ...]: what the generator in a folder makes of each held-out prompt, as
+    the stage with these options did; of clips the first frames."""
+    import diffusers                                 # now, as stages draw curves without them
+    import torch
+    import transformers
+    import data
+    warnings.filterwarnings("ignore")
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    records = data.read_records(options["eval_data"], "prompt")
+    pipe = data.load_pipeline(model, torch.device("cpu"))
+    call = {**pipe.call_args, **options["pipe_args"]}
+    seeds = [("held out", i) for i in range(len(records))]
+    with torch.autocast("cpu", torch.bfloat16, enabled=options["bf16"]):
+        media = data.sample_media(pipe, records, seeds, options["batch_size"], call)
+    return [(record["prompt"], frames[0]) for record, frames in zip(records, media)]
 
 
-def draw_pairs(page, columns=4, size=88, num=16):
-    """A picture of a stage's before_after.html: two samples of one seed beside each other, before
-    and after, above their prompt, in a green frame where the toy oracle finds them true."""
-    pairs = read_pairs(page)[:num]
-    font = ImageFont.load_default(11)
-    width = 2 * size + 20
-    height = size + 38
+def draw_samples(folder, columns=4, num=16, size=96):
+    """Write before_after.png into a stage's folder: two samples of one seed beside each other, by
+    its --model and by what it made of it, in a green frame where the toy oracle finds them true.
+    Shown are the first of those that became true and of those that no longer are, in proportion."""
+    log = Path(folder, "log.jsonl").read_text().split("\n")
+    options = json.loads(next(line for line in log if line.startswith('{"args"')))["args"]
+    sides = [held_out_samples(model, options) for model in (options["model"], f"{folder}/model")]
+    pairs = [(prompt, before, after) for (prompt, before), (_, after) in zip(*sides)]
+    kinds = {}
+    for prompt, *images in pairs:
+        kind = tuple(is_true(prompt, image) for image in images)
+        kinds.setdefault(kind, []).append((prompt, *images))
+    for kind, samples in kinds.items():
+        print_drift(kind, samples)
+    became, left = [kinds.get(kind, []) for kind in ((False, True), (True, False))]
+    title = (f"before | after. Of {len(pairs)} held-out samples {len(became)} became true to their "
+             f"prompt, framed in green, and {len(left)} no longer are. The first of both:")
+    num_became = round(num * len(became) / max(len(became) + len(left), 1))
+    shown = became[:num_became] + left[:num - num_became]
+    draw_pairs(title, shown or pairs[:num], columns, size).save(Path(folder, "before_after.png"))
+    return Path(folder, "before_after.png")
+
+
+def print_drift(kind, pairs):
+    """The means of toy_oracle.picture_stats of pairs, before and after; `kind`: whether they are
+    true before and after. What is drawn moves them too: compare those that are true both times."""
+    import toy_oracle
+    words = {True: "true", False: "false", None: "not the toy's"}
+    sides = [[toy_oracle.picture_stats(pair[k]) for pair in pairs] for k in (1, 2)]
+    means = [{name: sum(stats[name] for stats in side) / len(side) for name in side[0]}
+             for side in sides]
+    cells = [f"{name} {means[0][name]:.2f} -> {means[1][name]:.2f}" for name in means[0]]
+    print(f"{words[kind[0]]} -> {words[kind[1]]}, {len(pairs)} samples: " + ", ".join(cells))
+
+
+def draw_pairs(title, pairs, columns, size):
+    """A sheet of pairs [(prompt, image before, image after), ...] under a title."""
+    font = ImageFont.load_default(12)
+    width = 2 * size + 28
+    height = size + 46
     rows = math.ceil(len(pairs) / columns)
-    sheet = Image.new("RGB", (columns * width, 22 + rows * height), "white")
+    sheet = Image.new("RGB", (columns * width, 24 + rows * height), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((6, 4), headline(page), "black", font)
+    pen.text((6, 4), title, "black", font)
     for i, (prompt, *images) in enumerate(pairs):
         left = i % columns * width + 6
-        top = 22 + i // columns * height
+        top = 24 + i // columns * height
         for k, image in enumerate(images):
-            x = left + k * (size + 4)
+            x = left + k * (size + 8)
             frame = {True: (30, 170, 60), False: (225, 225, 225), None: "white"}
-            pen.rectangle((x, top, x + size, top + size), frame[is_true(prompt, image)])
-            inner = image.resize((size - 5, size - 5), Image.NEAREST)
-            sheet.paste(inner, (x + 3, top + 3))
+            pen.rectangle((x, top, x + size + 5, top + size + 5), frame[is_true(prompt, image)])
+            sheet.paste(image.resize((size, size), Image.NEAREST), (x + 3, top + 3))
         for line, text in enumerate(textwrap.wrap(prompt, 32)[:2]):
-            pen.text((left, top + size + 2 + 13 * line), text, "black", font)
-    path = Path(page).with_suffix(".png")
-    sheet.save(path)
-    return path
+            pen.text((left, top + size + 7 + 14 * line), text, "black", font)
+    return sheet
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", help="log.jsonl or before_after.html of runs")
-    for file in parser.parse_args(argv).files:
+    parser.add_argument("paths", nargs="+", help="logs, or folders of runs of a generator")
+    for path in parser.parse_args(argv).paths:
         try:
-            print(draw_pairs(file) if file.endswith(".html") else draw_curves(file))
+            print(draw_samples(path) if Path(path).is_dir() else draw_curves(path))
         except (OSError, ValueError) as error:
             raise SystemExit(f"plots.py: {error}") from error
 

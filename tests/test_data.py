@@ -36,6 +36,7 @@ PAIR = {"prompt": "a red circle", "images": ["a.png", "b.png"], "winner": "Image
     ("preference", {**PAIR, "chosen": "x", "rejected": "x"}, r":2: 'chosen' equals 'rejected'"),
     ("pair", {**PAIR, "winner": ["Image 1"]}, r":2: 'winner' is \['Image 1'\]"),
     ("pair", {**PAIR, "images": 5}, r":2: 'images' holds 0 paths"),
+    ("pair", {"question": "which?", "images": ["a.png", "b.png"], "winner": "Image 1"}, r":2: 'prompt' is None. A pair"),
 ])
 def test_a_bad_line_is_named_with_the_fix(kind, bad, message, tmp_path):
     good = {**PAIR, "response": "r", "chosen": "c", "rejected": "d"}

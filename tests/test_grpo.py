@@ -290,7 +290,7 @@ def test_run_resumes_exactly_and_starts_at_ratio_1(lora, generator_folder, judge
     assert all(row["ratio_error"] == 0 for row in log)
     said = capsys.readouterr().out
     assert "max |ratio - 1| of a trial rollout: 0. It" in said
-    moved = float(re.search(r"first optimizer step moved means by at most (\S+) std", said)[1])
+    moved = float(re.search(r"first rollout moved means by at most (\S+) std", said)[1])
     assert 0 < moved < 1
     assert any(row["grad_norm"] > 0 for row in log)
     name = f"{files}/rewards.py:bright"
@@ -402,6 +402,26 @@ def test_an_error_of_the_reward_ends_the_run(generator_folder, files, tmp_path):
         grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:breaks"))
 
 
+def test_a_judge_that_only_scores_is_not_asked_to_compare(generator_folder, files, tmp_path):
+    (tmp_path / "judge.py").write_text("def score(questions):\n    return [f'Final Score: {q.media[0].getpixel((0, 0))[0]}' for q in questions]\n")
+    words = options(files, generator_folder, tmp_path / "run", "--reward", "score", "--judge", f"{tmp_path}/judge.py:score", "--eval-every", "1")
+    grpo.main(words)
+    assert rows(tmp_path / "run")[0]["scores/score"] == 6 and "held_out_win_rate" not in rows(tmp_path / "run")[0]
+
+
+def test_a_reward_by_a_network_trains_as_its_values_do(generator_folder, files, tmp_path):
+    """A torch model in a reward without no_grad: the log is that of the same numbers as a list."""
+    (tmp_path / "mine.py").write_text(
+        "import numpy, torch\nweight = torch.nn.Parameter(torch.tensor([.1, -.2, .3]))\n"
+        "def net(media, prompts):\n"
+        "    return torch.stack([(torch.from_numpy(numpy.array(f[0])).float() @ weight).mean() for f in media])\n"
+        "def listed(media, prompts):\n    return net(media, prompts).tolist()\n")
+    for name in ("net", "listed"):
+        grpo.main(options(files, generator_folder, tmp_path / name, "--reward", f"{tmp_path}/mine.py:{name}", "--max-steps", "2"))
+    first, second = [[(row["loss"], row["grad_norm"]) for row in rows(tmp_path / name)] for name in ("net", "listed")]
+    assert first == second and first[0][1] > 0
+
+
 def test_ctrl_c_does_not_wait_for_the_judge(generator_folder, files, tmp_path):
     words = options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:hangs")
     process = subprocess.Popen([sys.executable, "grpo.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -421,8 +441,8 @@ def test_ctrl_c_does_not_wait_for_the_judge(generator_folder, files, tmp_path):
     (["--batch-size", "4"], "--batch-size 4: pass a multiple or a divisor of --group-size 3"),
     (["--num-prompts", "7"], "--num-prompts 7: .* at most 6 as in .*prompts.txt"),
     (["--kl", ".1", "--lora-rank", "0"], "--kl is the distance .*: pass --lora-rank"),
-    (["--eta", "0"], "without noise .*: raise --eta and --sde-steps"),
-    (["--sde-steps", "0"], "without noise .*: raise --eta and --sde-steps")])
+    (["--group-size", "1", "--batch-size", "1"], "nothing sets a sample apart: raise .* or --group-size"),
+    (["--eta", "0"], "nothing sets a sample apart: raise --eta"), (["--sde-steps", "0"], "nothing sets a sample apart: raise --eta")])
 def test_options_that_do_not_fit_are_refused(extra, message, generator_folder, files, tmp_path):
     with pytest.raises(ValueError, match=message):
         grpo.main(options(files, generator_folder, tmp_path / "run", "--reward", f"{files}/rewards.py:bright", *extra))

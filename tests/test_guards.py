@@ -98,7 +98,7 @@ def test_what_grpo_drives_starts_at_ratio_1_and_moves(family, run):
     said, row = run("grpo", *driven(family))
     assert "max |ratio - 1| of a trial rollout: 0" in said and row["ratio_error"] == 0
     assert "It takes Euler steps, held-out samples those of FlowMatchEuler" in said
-    moved = re.search(r"the first optimizer step moved means by at most (\S+) std", said)
+    moved = re.search(r"the first rollout moved means by at most (\S+) std", said)
     assert float(moved[1]) > 0
 
 
@@ -161,7 +161,7 @@ def test_a_first_step_that_changes_no_sample_stops_the_run(run, monkeypatch):
     """Adapters whose update is lost get gradients of 0."""
     monkeypatch.setattr(sft.LoRALinear, "forward", lambda self, x: self.base(x) + 0 * (
         x @ self.lora_A.T @ self.lora_B.T))
-    with pytest.raises(RuntimeError, match="the first optimizer step has changed no sample"):
+    with pytest.raises(RuntimeError, match="the first rollout has changed no sample"):
         run("grpo", *driven("FLUX.1"))
 
 
@@ -329,7 +329,7 @@ def test_a_run_that_would_overwrite_its_own_model_is_refused(stage, run, tmp_pat
 
 def test_what_is_measured_after_training_is_tried_before_it(run, tmp_path, monkeypatch):
     """A typo in --eval-data, and the toy's oracle asked about prompts that it cannot read."""
-    replace(monkeypatch, "log_row", lambda *args: pytest.fail("a step was trained"))
+    replace(monkeypatch, "log_and_save", lambda *args: pytest.fail("a step was trained"))
     for words in (["--eval-data", "typo.txt"], ["--watch", "tests/toy_oracle.py:true"]):
         with pytest.raises(ValueError, match="typo.txt does not exist|no prompt of the toy world"):
             run("sft", *driven("FLUX.1"), *words)

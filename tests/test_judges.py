@@ -355,6 +355,11 @@ def test_rewards_by_name(tmp_path, monkeypatch):
             load_rewards(text)
     said = {"a": "Final Score: 4", "b": "no idea"}
     scored, = load_rewards("score", judge=lambda questions: [said[q.prompt] for q in questions])
+    (tmp_path / "once.py").write_text("import random\nweight = random.random()\ndef f(media, prompts):\n"
+                                      "    media[0][0].thumbnail((1, 1))\n    return [weight] * len(media)\n")
+    media = [[picture()]]
+    first, second = [reward_values(load_rewards(f"{tmp_path}/once.py:f")[0], media, ["p"]) for _ in range(2)]
+    assert first == second and media[0][0].size == picture().size       # a file runs once, and what it does to images is its own
     assert reward_values(scored, [[picture()]] * 2, ["a", "b"])["score"].tolist() == pytest.approx([4, math.nan], nan_ok=True)
 
 

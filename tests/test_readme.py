@@ -15,6 +15,7 @@ import plots
 import reward
 import sft
 import toy
+import toy_world
 from conftest import ROOT
 from test_dpo import GOOD
 
@@ -81,12 +82,12 @@ def test_the_toy_commands_run_in_order(newcomer, monkeypatch, capsys):
     assert printed.count("max |ratio - 1| of a trial rollout: 0. It") == 2
     assert printed.count("overall: ") == 3           # verdicts after sft.py, before and after dpo.py
     assert printed.count("\n  winner_accuracy   ") == 2 and printed.count("\nwinner_accuracy   ") == 1 and printed.count("\n  true   ") == 2 and printed.count("\n  win_rate   ") == 2
+    for stage in ("judge-sft", "generator-sft"):     # of two steps; the others end after one
+        width, height = Image.open(newcomer / f"out/{stage}/curves.png").size
+        assert width > 600 and height > 200
     plot, = re.findall(r"`(python tests/plots.py [^`]*)`", (ROOT / "README.md").read_text())
-    run(plot)
-    width, height = Image.open(newcomer / "out/judge-sft/curves.png").size
-    assert width > 600 and height > 200
-    plots.main(["out/grpo/before_after.html"])       # 4 held-out prompts, a row
-    assert Image.open(newcomer / "out/grpo/before_after.png").size == (784, 148)
+    run(plot)                                        # 4 held-out prompts, a row
+    assert Image.open(newcomer / "out/grpo/before_after.png").size == (880, 166)
 
 
 def test_curves_are_those_of_the_rows_that_count(tmp_path):
@@ -100,6 +101,19 @@ def test_curves_are_those_of_the_rows_that_count(tmp_path):
     log.write_text("")
     with pytest.raises(SystemExit, match="holds no number that changes"):
         plots.main([str(log)])
+
+
+def test_the_picture_shows_gains_and_losses_in_proportion(tmp_path, monkeypatch):
+    """Six samples became true and two no longer are: of four that are shown three are of the first kind, one of the second."""
+    shown = [toy_world.Records("train", "image", 40)[i] for i in range(40)]
+    true = [(r["prompt"], r["images"][0]) for r in shown if plots.is_true(r["prompt"], r["images"][0])][:8]
+    blank = [(prompt, Image.new("RGB", (48, 48), "white")) for prompt, _ in true]
+    sides = {"base": blank[:6] + true[6:], f"{tmp_path}/model": true[:6] + blank[6:]}
+    monkeypatch.setattr(plots, "held_out_samples", lambda model, options: sides[model])
+    (tmp_path / "log.jsonl").write_text('\n{"args": {"model": "base"}}\n')
+    sheet = Image.open(plots.draw_samples(tmp_path, num=4))
+    frames = [sheet.getpixel((220 * column + 6 + 104 * side, 24)) == (30, 170, 60) for column in range(4) for side in range(2)]
+    assert frames == [False, True] * 3 + [True, False]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -167,7 +167,8 @@ SCORES = [  # (text, value)
     ("Final Score: x\nStyle Score (1-5): 3", None), ("a red circle (object): 1\nred (attribute): 0", None), ("Seed: 1999", None),
     ("Alignment Score (1-5): 4\nNumber of stars: 12", 4), ("Alignment Score (1-5): 4, good\nStyle Score (1-5): 2", None),
     ("Style Score (1-5): 2\nStyle Score (1-5): 4", None), ("Final Score: 1 to 5", None), ("Final Score: 1–5", None), ("Final Score: 3,5", None),
-    ("Final Score: 4 - good", 4), (reward.Failure("Final Score: 4"), None)]
+    ("<think>Perhaps Final Score: 2, but", None), ("<think>Final Score: 2</think>Final Score: 5", 5),
+    ("<think>Final Score: 2.</think>Style Score (1-5): 5", 5), ("Final Score: 4 - good", 4), (reward.Failure("Final Score: 4"), None)]
 
 
 @pytest.mark.parametrize("text,value", SCORES)
