@@ -226,12 +226,12 @@ def success(prompt, image):
 
 
 def picture_stats(image):
-    """Four measures in grey levels (0..255) that content does not move: what an eye calls drift.
+    """Four measures in grey levels (0..255) of what an eye calls drift; content moves the last.
 
     cast   spread of the channels of the ground color; 0 for the plain ground
     tiles  standard deviation between the ground colors of the nine cells, steps of a patchwork
     grain  mean distance of a ground pixel from the mean of its neighbours
-    edges  strongest steps between neighbouring pixels (98th percentile): sharpness
+    edges  strongest steps between neighbouring pixels (98th percentile): sharpness, content
     """
     x = np.asarray(image, np.float32)
     ground = np.median(border(x), 0)
