@@ -1,5 +1,5 @@
-"""Pictures of curves with PIL alone: of a run's log, which the stages call at every save, and of the
-arms of a benchmark.
+"""Pictures with PIL alone: curves of a run's log, which the stages draw at every save, and of the
+arms of a benchmark; samples before and after a stage.
 
     python tests/plots.py out/judge-sft/log.jsonl        writes out/judge-sft/curves.png
     python tests/plots.py out/grpo                       writes out/grpo/before_after.png
@@ -223,8 +223,7 @@ def draw_samples(folder, columns=4, num=16, size=96):
     for prompt, *images in pairs:
         kind = tuple(is_true(prompt, image) for image in images)
         kinds.setdefault(kind, []).append((prompt, *images))
-    for kind, samples in kinds.items():
-        print_drift(kind, samples)
+    print_drift(pairs)
     became, left = [kinds.get(kind, []) for kind in ((False, True), (True, False))]
     title = (f"before | after. Of {len(pairs)} held-out samples {len(became)} became true to their "
              f"prompt, framed in green, and {len(left)} no longer are. The first of both:")
@@ -234,16 +233,26 @@ def draw_samples(folder, columns=4, num=16, size=96):
     return Path(folder, "before_after.png")
 
 
-def print_drift(kind, pairs):
-    """The means of toy_oracle.picture_stats of pairs, before and after; `kind`: whether they are
-    true before and after. What is drawn moves them too: compare those that are true both times."""
+def print_drift(pairs):
+    """The means of toy_oracle.picture_stats before and after, of all pairs and of those that show
+    the same objects in the same cells both times, where content does not move them."""
     import toy_oracle
-    words = {True: "true", False: "false", None: "not the toy's"}
-    sides = [[toy_oracle.picture_stats(pair[k]) for pair in pairs] for k in (1, 2)]
-    means = [{name: sum(stats[name] for stats in side) / len(side) for name in side[0]}
-             for side in sides]
-    cells = [f"{name} {means[0][name]:.2f} -> {means[1][name]:.2f}" for name in means[0]]
-    print(f"{words[kind[0]]} -> {words[kind[1]]}, {len(pairs)} samples: " + ", ".join(cells))
+    groups = {"all": [], "same objects": [], "others, as many": [], "more": [], "fewer": []}
+    for _, *images in pairs:
+        stats = [toy_oracle.picture_stats(image) for image in images]
+        before, after = [sorted((o["color"], o["shape"], o["x"] // toy_oracle.CELL,
+                                 o["y"] // toy_oracle.CELL) for o in toy_oracle.detect(image))
+                         for image in images]
+        change = len(after) - len(before)
+        name = "more" if change > 0 else "fewer" if change < 0 else "others, as many"
+        groups["all"].append(stats)
+        groups["same objects" if before == after else name].append(stats)
+    for name, rows in groups.items():
+        cells = []
+        for key in rows[0][0] if rows else []:
+            before, after = [sum(row[k][key] for row in rows) / len(rows) for k in (0, 1)]
+            cells.append(f"{key} {before:.2f} -> {after:.2f}")
+        print(f"{name}, {len(rows)} samples: " + ", ".join(cells))
 
 
 def draw_pairs(title, pairs, columns, size):

@@ -1,5 +1,7 @@
 """Never train silently wrong: each run below gives the right result or one clear error, in time."""
+import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +25,11 @@ CPU = torch.device("cpu")
 FLOWS = {**FAMILIES, **PARTLY, **REFUSED}
 STAGES = {"sft": (sft, "images.jsonl"), "dpo": (dpo, "pairs.jsonl"), "grpo": (grpo, "prompts.txt")}
 EDITORS = ("FLUX.1 Kontext", "Qwen-Image-Edit", "Wan image-to-video")
+LOAD = """
+import torch
+from data import load_pipeline
+print(type(load_pipeline("editor", torch.device("cpu"))).__name__)
+"""
 BRIGHT = """
 import numpy as np
 def bright(media, prompts):
@@ -365,3 +372,17 @@ def test_a_second_run_with_one_out_is_refused_until_the_first_is_gone(run, tmp_p
         held.wait()
     _, row = run("grpo", *driven("FLUX.1"))
     assert row["step"] == 1
+
+
+def test_a_processor_with_a_video_part_loads_without_torchvision(tmp_path):
+    """As released: preprocessor_config.json, and video_preprocessor_config.json beside it. In a process of its own, as other tests have
+    loaded processors by then."""
+    pipe, _ = make("Qwen-Image-Edit")
+    pipe.save_pretrained(tmp_path / "editor")
+    folder = tmp_path / "editor/processor"
+    image = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    (folder / "processor_config.json").write_text('{"processor_class": "Qwen2VLProcessor"}')
+    (folder / "preprocessor_config.json").write_text(json.dumps(image))
+    (folder / "video_preprocessor_config.json").write_text(json.dumps({**image, "video_processor_type": "Qwen2VLVideoProcessor"}))
+    done = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("QwenImageEditPipeline"), done.stderr[-2000:]

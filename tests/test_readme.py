@@ -103,7 +103,7 @@ def test_curves_are_those_of_the_rows_that_count(tmp_path):
         plots.main([str(log)])
 
 
-def test_the_picture_shows_gains_and_losses_in_proportion(tmp_path, monkeypatch):
+def test_the_picture_shows_gains_and_losses_in_proportion(tmp_path, monkeypatch, capsys):
     """Six samples became true and two no longer are: of four that are shown three are of the first kind, one of the second."""
     shown = [toy_world.Records("train", "image", 40)[i] for i in range(40)]
     true = [(r["prompt"], r["images"][0]) for r in shown if plots.is_true(r["prompt"], r["images"][0])][:8]
@@ -114,6 +114,8 @@ def test_the_picture_shows_gains_and_losses_in_proportion(tmp_path, monkeypatch)
     sheet = Image.open(plots.draw_samples(tmp_path, num=4))
     frames = [sheet.getpixel((220 * column + 6 + 104 * side, 24)) == (30, 170, 60) for column in range(4) for side in range(2)]
     assert frames == [False, True] * 3 + [True, False]
+    said = [line.split(" samples")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["all, 8", "same objects, 0", "others, as many, 0", "more, 6", "fewer, 2"]
 
 
 @pytest.mark.parametrize("page", PAGES)

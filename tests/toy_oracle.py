@@ -226,7 +226,8 @@ def success(prompt, image):
 
 
 def picture_stats(image):
-    """Four measures in grey levels (0..255) of what an eye calls drift; content moves the last.
+    """Four measures in grey levels (0..255) of what an eye calls drift. Objects that come or go
+    move them too, most of all the last.
 
     cast   spread of the channels of the ground color; 0 for the plain ground
     tiles  standard deviation between the ground colors of the nine cells, steps of a patchwork
